@@ -1,0 +1,1 @@
+"""unlearnlib: second-order machine unlearning for language models, one small module per idea."""
