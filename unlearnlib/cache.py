@@ -70,6 +70,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+Busy = filelock.Timeout
+"""Raised when a lock is taken and there is no time to wait for it."""
+
+
 def lock(path: Path) -> filelock.FileLock:
     """A lock between processes for whatever lives at ``path``; the operating system frees it if we die."""
     path.parent.mkdir(parents=True, exist_ok=True)

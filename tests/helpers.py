@@ -1,0 +1,40 @@
+"""Small things to test on."""
+
+import torch
+
+from unlearnlib import models
+
+VOCABULARY, LENGTH = 40, 12
+ARCHITECTURES = {
+    "opt": models.small_opt(VOCABULARY, hidden_size=16, layers=2, heads=2, context=32),
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+}
+TINY = ARCHITECTURES["opt"]
+
+
+def tiny_model(architecture="opt", seed=0, dtype=torch.float64, device="cpu"):
+    return models.load_model(ARCHITECTURES[architecture], seed=seed, dtype=dtype, device=device)
+
+
+def random_sequences(number, length=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (number, length), generator=generator)

@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+from helpers import random_sequences, tiny_model
+from torch.nn import functional as F
+
+from unlearnlib import gradient_ascent, measures, weights
+
+
+def reference_loss(model, sequences):
+    """Mean of per-sequence means, by the textbook call."""
+    logits = model(input_ids=sequences).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean()
+
+
+@pytest.fixture
+def case():
+    return tiny_model(), random_sequences(6, seed=1), random_sequences(6, seed=2)
+
+
+def test_direction_is_autograds_gradient(case):
+    model, forget, _ = case
+    direction = gradient_ascent.ascent_direction(model, forget)
+    expected = torch.autograd.grad(reference_loss(model, forget), list(weights.parameters(model).values()))
+    for ours, theirs in zip(direction.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_losses_are_what_they_are_called(case):
+    model, forget, retain = case
+    f, r = reference_loss(model, forget), reference_loss(model, retain)
+    torch.testing.assert_close(gradient_ascent.ascent_loss(model, forget, retain), -f)
+    torch.testing.assert_close(gradient_ascent.gradient_difference_loss(model, forget, retain), r - f)
+    torch.testing.assert_close(gradient_ascent.retain_loss(model, forget, retain), r)
+    original = tiny_model(seed=5)
+    p = original(input_ids=retain).logits[:, :-1].log_softmax(2)
+    q = model(input_ids=retain).logits[:, :-1].log_softmax(2)
+    kl = (p.exp() * (p - q)).sum(2).mean()
+    assert kl > 1e-6
+    torch.testing.assert_close(gradient_ascent.kl_retain_loss(original)(model, forget, retain), kl - f)
+
+
+def test_the_kl_term_pulls_nowhere_at_the_original(case):
+    model, forget, retain = case
+    loss = gradient_ascent.kl_retain_loss(copy.deepcopy(model))
+    pulled = torch.autograd.grad(loss(model, forget, retain), list(weights.parameters(model).values()))
+    plain = gradient_ascent.ascent_direction(model, forget)
+    for ours, theirs in zip(pulled, plain.values(), strict=True):
+        torch.testing.assert_close(ours, -theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_one_sgd_step_is_one_step_along_the_direction(case):
+    model, forget, retain = case
+    start, direction = weights.snapshot(model), gradient_ascent.ascent_direction(model, forget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    next(gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, retain, optimizer, seed=0))
+    for name, moved in weights.difference(weights.snapshot(model), start).items():
+        torch.testing.assert_close(moved, 0.1 * direction[name], rtol=1e-8, atol=1e-12)
+
+
+def test_every_sequence_is_used_once_an_epoch(case):
+    model, forget, retain = case
+    seen = []
+
+    def loss(model, forget_batch, retain_batch):
+        seen.append(forget_batch)
+        return gradient_ascent.ascent_loss(model, forget_batch, retain_batch)
+
+    steps = gradient_ascent.descend(
+        model, loss, forget, retain, torch.optim.SGD(model.parameters(), lr=0.0), seed=0, batch_size=2
+    )
+    for _ in range(3):
+        next(steps)
+    assert sorted(torch.cat(seen).tolist()) == sorted(forget.tolist())
+
+
+def test_the_order_depends_on_the_seed_alone(case):
+    _, forget, retain = case
+    ends = []
+    for seed in (0, 0, 1):
+        model = tiny_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        steps = gradient_ascent.descend(
+            model, gradient_ascent.gradient_difference_loss, forget, retain, optimizer, seed, batch_size=2
+        )
+        for _ in range(4):
+            next(steps)
+        ends.append(measures.mean_loss(model, retain))
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_ascent_into_nothingness_is_an_error(case):
+    model, forget, retain = case
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e200)
+    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, retain, optimizer, seed=0)
+    with pytest.raises(FloatingPointError, match="stop earlier or take smaller steps"):
+        for _ in range(20):
+            next(steps)

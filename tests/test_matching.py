@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+from helpers import random_sequences, tiny_model
+
+from unlearnlib import gradient_ascent, matching, measures, weights
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.1, 1.0, 50.0])
+def test_the_strength_of_a_known_curve(start):
+    match = matching.match_strength(lambda s: 1 + s**2, target=5.0, start=start, tolerance=1e-6)
+    assert match.reached
+    assert match.strength == pytest.approx(2.0, abs=1e-6)
+    assert match.loss == pytest.approx(5.0, abs=1e-6)
+
+
+def test_a_curve_that_overflows_counts_as_above():
+    def loss(strength):
+        return 1 + strength if strength < 3 else math.nan
+
+    match = matching.match_strength(loss, target=2.5, start=64.0, tolerance=1e-3)
+    assert match.reached
+    assert match.strength == pytest.approx(1.5, abs=1e-3)
+
+
+def test_a_target_out_of_reach_is_reported_with_the_closest_point():
+    match = matching.match_strength(lambda s: 2 - 1 / (1 + s), target=3.0, start=1.0)
+    assert not match.reached
+    assert match.loss == pytest.approx(2.0, abs=1e-6)
+    assert match.evaluations == 60
+
+
+def test_a_model_that_already_forgot_is_left_alone():
+    assert matching.match_strength(lambda s: 4 + s, target=3.995, start=1.0).strength == 0
+    beyond = matching.match_strength(lambda s: 4 + s, target=3.0, start=1.0)
+    assert (beyond.strength, beyond.reached) == (0, False)
+
+
+@pytest.mark.parametrize(("start", "target"), [(0.0, 1.0), (-1.0, 1.0), (1.0, math.nan)])
+def test_nonsense_is_refused(start, target):
+    with pytest.raises(ValueError, match="positive start and a finite target"):
+        matching.match_strength(lambda s: s, target=target, start=start)
+
+
+def test_steps_stop_on_the_target_and_leave_the_model_there():
+    model, forget = tiny_model(), random_sequences(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, forget, optimizer, seed=0)
+    target = measures.mean_loss(model, forget) + 0.5
+    match = matching.match_steps(model, steps, lambda: measures.mean_loss(model, forget), target)
+    assert match.reached
+    assert match.strength % 1 != 0  # the last step was too long and only a part of it was taken
+    assert measures.mean_loss(model, forget) == match.loss == pytest.approx(target, abs=matching.TOLERANCE)
+
+
+def test_steps_that_run_out_or_go_nowhere_are_reported():
+    model, forget = tiny_model(), random_sequences(4)
+    before = weights.snapshot(model)
+    loss = measures.mean_loss(model, forget)
+    match = matching.match_steps(model, iter([0, 1, 2]), lambda: measures.mean_loss(model, forget), loss + 1)
+    assert (match.strength, match.reached, match.loss) == (3, False, loss)
+    match = matching.match_steps(model, iter(int, 1), lambda: loss, loss + 1, max_steps=5)
+    assert (match.strength, match.reached) == (5, False)
+    assert weights.norm(weights.difference(weights.snapshot(model), before)) == 0
+
+
+def test_a_step_into_infinity_is_cut_back_to_the_target():
+    model = tiny_model()
+
+    def steps():
+        while True:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(1e3)
+            yield
+
+    start = weights.snapshot(model)
+
+    def loss():  # distance gone, until it overflows
+        gone = weights.norm(weights.difference(weights.snapshot(model), start))
+        return gone if gone < 100 else math.inf
+
+    match = matching.match_steps(model, steps(), loss, target=10.0)
+    assert match.reached
+    assert 0 < match.strength < 1

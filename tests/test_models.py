@@ -1,0 +1,63 @@
+import pytest
+import torch
+from helpers import random_sequences, tiny_model
+
+from unlearnlib import gradient_ascent, measures, models, weights
+
+
+def test_weights_depend_on_the_seed_alone():
+    state = torch.random.get_rng_state()
+    a, b, c = tiny_model(seed=0), tiny_model(seed=0), tiny_model(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers are untouched
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight)
+    assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
+
+
+def test_parameter_count_by_hand():
+    hidden, layers, context = 16, 2, 32
+    layer = 4 * (hidden * hidden + hidden) + 2 * 4 * hidden * hidden + 5 * hidden + 4 * hidden
+    expected = 40 * hidden + (context + 2) * hidden + layers * layer + 2 * hidden
+    assert models.parameter_count(tiny_model("opt")) == expected
+
+
+def test_a_saved_folder_loads_the_same(tmp_path):
+    model, sequences = tiny_model("llama"), random_sequences(3)
+    model.save_pretrained(tmp_path)
+    back = models.load_model(tmp_path, dtype=torch.float64, device="cpu")
+    assert measures.mean_loss(back, sequences) == measures.mean_loss(model, sequences)
+    assert not back.training
+
+
+def test_unknown_models_are_clear_errors(tmp_path):
+    with pytest.raises(OSError, match="nobody/nothing"):
+        models.load_model("nobody/nothing")
+    with pytest.raises(ValueError, match="no-such-architecture"):
+        models.load_model({"model_type": "no-such-architecture"})
+
+
+def test_losses_and_gradients_stay_on_the_models_device():
+    """Tensors of the meta device hold no data, and mixing them with others raises: a GPU's rules without a GPU."""
+    model, sequences = tiny_model(dtype=torch.float32, device="meta"), random_sequences(4)
+    losses = measures.sequence_losses(model, sequences)
+    assert losses.device.type == "meta"
+    assert losses.shape == (4,)
+    gradients = torch.autograd.grad(losses.sum(), list(weights.parameters(model).values()))
+    assert {g.device.type for g in gradients} == {"meta"}
+    original = tiny_model(dtype=torch.float32, device="meta")
+    for loss in (gradient_ascent.gradient_difference_loss, gradient_ascent.kl_retain_loss(original)):
+        assert loss(model, sequences, sequences).device.type == "meta"
+    start = weights.snapshot(model)
+    weights.set_weights(model, start, start, 0.5)
+    assert weights.dot(start, start).device.type == "meta"
+    assert measures.log_probabilities(model, sequences).device.type == "meta"
+
+
+def test_smollm2_is_a_language_model():
+    tokenizer, model = models.load_tokenizer(models.SMOLLM2), models.load_model(models.SMOLLM2, device="cpu")
+    assert models.parameter_count(model) == 134_515_008
+    prompt = torch.tensor(tokenizer("The capital of France is")["input_ids"])
+    assert "Paris" in tokenizer.decode(measures.continuation(model, prompt, 5))
+    english = tokenizer("It was the best of times, it was the worst of times, it was the age of wisdom.")
+    english = torch.tensor([english["input_ids"]])
+    shuffled = english[:, torch.randperm(english.shape[1], generator=torch.Generator().manual_seed(0))]
+    assert measures.mean_loss(model, english) < measures.mean_loss(model, shuffled) - 2

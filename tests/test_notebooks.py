@@ -1,0 +1,193 @@
+"""The notebooks as they are in the repository, and the runner on tiny notebooks made up here."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+
+from unlearnlib import notebooks
+from unlearnlib.build import main
+from unlearnlib.notebooks import is_done, listed_notebooks, plan, run_notebooks
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = listed_notebooks(ROOT)
+PARAMETERS = 'profile = "quick"\nresults = "results"'
+
+
+def make_root(folder: Path, **sources: list[str]) -> Path:
+    """A repository in miniature: notebooks of the given code cells, after one of parameters."""
+    (folder / "notebooks").mkdir()
+    for name, cells in sources.items():
+        first = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+        notebook = new_notebook(cells=[first, *map(new_code_cell, cells)])
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "language": "python",
+            "display_name": "Python 3",
+        }
+        nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    chapters = [{"file": f"notebooks/{name}"} for name in sources]
+    toc = {"format": "jb-book", "root": "book/index", "parts": [{"caption": "Part I", "chapters": chapters}]}
+    (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
+    return folder
+
+
+# The chapters
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_defaults_are_the_quick_profile(path):
+    parameters = papermill.inspect_notebook(str(path))
+    assert {name: parameters[name]["default"] for name in ("profile", "results")} == {
+        "profile": '"quick"',
+        "results": '"results"',
+    }
+
+
+def test_outputs_are_stripped():
+    command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, CHAPTERS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"run nbstripout on: {done.stdout}{done.stderr}"
+
+
+def test_every_notebook_is_a_chapter():
+    assert set((ROOT / "notebooks").glob("*.ipynb")) == set(CHAPTERS)
+
+
+def test_every_chapter_ran(book_site):
+    assert all(is_done(job) for job in plan(ROOT, "quick"))
+
+
+def test_executed_notebooks_name_no_folder_of_this_machine(book_site):
+    for job in plan(ROOT, "quick"):
+        for cell in nbformat.read(job.output, as_version=4).cells:
+            shown = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+            assert str(ROOT) not in str(shown)
+            assert str(Path.home()) not in str(shown)
+
+
+def test_profiles_are_those_of_the_library():
+    from unlearnlib.profiles import PROFILES
+
+    assert notebooks.MEMORY.keys() == PROFILES.keys()
+
+
+# The runner
+
+
+def test_a_notebook_gets_its_parameters_and_runs_once(tmp_path):
+    cell = "from pathlib import Path\nwith open(Path(results) / 'a.csv', 'a') as f:\n    f.write(profile)"
+    root = make_root(tmp_path, a=[cell])
+    assert run_notebooks(root, "cpu") == []
+    assert run_notebooks(root, "cpu") == []
+    assert (root / "_build" / "cpu" / "results" / "a.csv").read_text() == "cpu"
+
+
+def test_what_makes_a_notebook_run_again(tmp_path):
+    root = make_root(tmp_path, a=["1 + 1"])
+    run_notebooks(root, "quick")
+    [job] = plan(root, "quick")
+    assert is_done(job)
+    assert not is_done(plan(root, "cpu")[0])
+    whole = job.output.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"{}"):
+        job.output.write_bytes(damaged)
+        assert not is_done(job)
+    run_notebooks(root, "quick")
+    assert is_done(job)
+    for changed in ("unlearnlib/new.py", "requirements.txt", "book/results/table.csv"):
+        (root / changed).parent.mkdir(parents=True, exist_ok=True)
+        (root / changed).write_text("changed")
+        [changed_job] = plan(root, "quick")
+        assert not is_done(changed_job)
+        assert changed_job.key != job.key
+        (root / changed).unlink()
+    edited = nbformat.read(job.source, as_version=4)
+    edited.cells.append(new_code_cell("2 + 2"))
+    nbformat.write(edited, job.source)
+    assert not is_done(plan(root, "quick")[0])
+
+
+def test_a_failure_names_notebook_and_cell_and_the_others_still_run(tmp_path, capsys, monkeypatch):
+    root = make_root(
+        tmp_path,
+        broken=["x = 1", "# a comment first\nraise ArithmeticError('too hot')", "x"],
+        sound=["1 + 1"],
+    )
+    monkeypatch.chdir(root)
+    assert main([]) == 1
+    error = capsys.readouterr().err
+    assert "broken: cell 3 (# a comment first) ArithmeticError: too hot" in error
+    broken, sound = plan(root, "quick")
+    assert is_done(sound)
+    assert not broken.output.exists()
+    assert not (root / "_build" / "quick" / "site").exists()
+
+
+def test_a_dead_kernel_is_a_failure_of_its_cell(tmp_path):
+    root = make_root(tmp_path, killed=["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"])
+    [failure] = run_notebooks(root, "quick")
+    assert "killed: cell 2 (import os, signal)" in failure
+    assert "Kernel died" in failure
+
+
+def test_progress_names_the_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "PROGRESS_SECONDS", 0.5)
+    root = make_root(tmp_path, slow=["import time\ntime.sleep(3)"])
+    said: list[str] = []
+    run_notebooks(root, "quick", say=said.append)
+    assert any(line.startswith("slow: at cell 2 (import time)") for line in said)
+
+
+def test_unknown_names_are_errors(tmp_path, capsys, monkeypatch):
+    root = make_root(tmp_path, a=["1"])
+    with pytest.raises(ValueError, match="'huge': choose one of quick, cpu, gpu"):
+        plan(root, "huge")
+    with pytest.raises(ValueError, match="no notebook b: choose from a"):
+        plan(root, "quick", ["b"])
+    monkeypatch.chdir(root)
+    with pytest.raises(SystemExit):
+        main(["--profile", "huge"])
+    assert "quick" in capsys.readouterr().err
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PARAMETERS", 'profile = "quick"')
+    root = make_root(tmp_path, a=["1"])
+    with pytest.raises(ValueError, match=r"a\.ipynb has no parameter results"):
+        run_notebooks(root, "quick")
+
+
+def test_a_missing_chapter_is_an_error(tmp_path):
+    root = make_root(tmp_path, a=["1"])
+    (root / "notebooks" / "a.ipynb").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.ipynb"):
+        plan(root, "quick")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_interrupted_it_stops_the_kernel_and_keeps_nothing(tmp_path, sign):
+    cell = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    root = make_root(tmp_path, slow=[cell])
+    build = subprocess.Popen(
+        [sys.executable, "-m", "unlearnlib.build"], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    written = root / "notebooks" / "pid"
+    deadline = time.monotonic() + 60
+    while not (written.exists() and written.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    build.send_signal(sign)
+    assert build.wait(timeout=30) != 0
+    kernel = int(written.read_text())
+    assert not psutil.pid_exists(kernel) or psutil.Process(kernel).status() == psutil.STATUS_ZOMBIE
+    assert not is_done(plan(root, "quick")[0])

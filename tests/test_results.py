@@ -1,0 +1,70 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from unlearnlib import results
+
+
+def table(values, method="m", metric="loss"):
+    rows = [
+        {"corpus": "c", "model": "x", "method": method, "seed": seed, "metric": metric, "value": value}
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_written_and_read_back_the_same_whatever_the_order(tmp_path):
+    frame = table([1 / 3, 2e-7, 12345.678901])
+    first = results.write_results(frame, tmp_path, "one").read_bytes()
+    again = results.write_results(frame.sample(frac=1, random_state=1), tmp_path, "one").read_bytes()
+    assert first == again
+    back = results.read_results(tmp_path, "one")
+    assert list(back.columns) == results.COLUMNS
+    np.testing.assert_allclose(back["value"], [1 / 3, 2e-7, 12345.678901], rtol=1e-8)
+
+
+def test_settings_are_kept_as_columns_at_the_end(tmp_path):
+    frame = pd.concat([table([1.0, 2.0]).assign(step=s) for s in (0, 1)])
+    results.write_results(frame, tmp_path, "one")
+    assert list(results.read_results(tmp_path, "one").columns) == [*results.COLUMNS, "step"]
+
+
+def test_bad_tables_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"lack the column\(s\) \['seed'\]"):
+        results.write_results(table([1.0]).drop(columns="seed"), tmp_path, "one")
+    with pytest.raises(ValueError, match="hold a row twice"):
+        results.write_results(pd.concat([table([1.0]), table([2.0])]), tmp_path, "one")
+    with pytest.raises(FileNotFoundError, match="run the chapter that makes the exhibit 'one' first"):
+        results.read_results(tmp_path, "one")
+
+
+def test_interval_of_a_large_sample_agrees_with_the_normal_theory():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    low, high = results.bootstrap_interval(values)
+    t_low, t_high = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
+    assert low == pytest.approx(t_low, abs=0.02)
+    assert high == pytest.approx(t_high, abs=0.02)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    draws = np.random.default_rng(1).normal(size=(200, 30))
+    covered = [low <= 0 <= high for low, high in map(results.bootstrap_interval, draws)]
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_interval_of_too_little_or_of_equal_values():
+    assert all(np.isnan(results.bootstrap_interval([1.0])))
+    assert results.bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_differences_are_paired_by_seed():
+    noise = [10.0, 20.0, 30.0, 40.0, 50.0]
+    frame = pd.concat([table(noise, "a"), table([x + 1 for x in noise], "b").sample(frac=1, random_state=0)])
+    paired = results.summarise(frame, against="a").loc[("b", "loss")]
+    assert paired["mean"] == pytest.approx(1)
+    assert (paired["low"], paired["high"]) == pytest.approx((1, 1))
+    plain = results.summarise(frame).loc[("b", "loss")]
+    assert plain["mean"] == pytest.approx(31)
+    assert plain["high"] - plain["low"] > 10
+    assert plain["seeds"] == 5

@@ -1,0 +1,210 @@
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import TINY, random_sequences, tiny_model
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from unlearnlib import measures, training, weights
+from unlearnlib.training import Run, Training
+
+SHORT = Training(epochs=3, batch_size=4, learning_rate=1e-2)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
+    return Run(TINY, random_sequences(10), SHORT, seed=0)
+
+
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_learns_and_is_deterministic():
+    sequences, ends = random_sequences(8), []
+    for _ in range(2):
+        model = tiny_model()
+        before = measures.mean_loss(model, sequences)
+        losses = training.train(model, sequences, Training(epochs=60, learning_rate=2e-2), seed=0)
+        assert len(losses) == 60
+        assert measures.mean_loss(model, sequences) < before / 2
+        ends.append(model)
+    assert same_weights(*ends)
+    other = tiny_model()
+    training.train(other, sequences, Training(epochs=60, learning_rate=2e-2, batch_size=4), seed=1)
+    assert not same_weights(ends[0], other)
+
+
+def test_one_step_against_a_hand_written_adamw():
+    model, sequences = tiny_model(), random_sequences(4)
+    start = weights.snapshot(model)
+    gradient = weights.mean_gradient(model, sequences, measures.sequence_losses)
+    settings = Training(epochs=2, batch_size=4, learning_rate=1e-3)
+    schedule = []
+
+    def stop(optimizer, args, kwargs):
+        schedule.append(optimizer.param_groups[0]["lr"])
+        if len(schedule) == 2:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(model, sequences, settings, seed=0)
+    handle.remove()
+    clip = min(1.0, 1.0 / (weights.norm(gradient) + 1e-6))
+    for name, p in weights.parameters(model).items():
+        g = clip * gradient[name]
+        # After bias correction the first step of Adam has m = g and v = g².
+        expected = start[name] * (1 - schedule[0] * 0.01) - schedule[0] * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    sequences, checkpoint = random_sequences(10), tmp_path / "c.safetensors"
+    whole, broken = tiny_model(), tiny_model()
+    losses = training.train(whole, sequences, SHORT, seed=3)
+    steps = []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(broken, sequences, SHORT, seed=3, checkpoint=checkpoint, checkpoint_seconds=0)
+    handle.remove()
+    assert checkpoint.exists()
+    resumed = tiny_model(seed=7)  # whatever its weights, the checkpoint's count
+    resumed_losses = training.train(resumed, sequences, SHORT, seed=3, checkpoint=checkpoint)
+    assert same_weights(whole, resumed)
+    assert resumed_losses == losses
+    assert not checkpoint.exists()
+
+
+def test_a_damaged_checkpoint_is_not_used(tmp_path):
+    checkpoint = tmp_path / "c.safetensors"
+    checkpoint.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00half a head")
+    model, whole = tiny_model(), tiny_model()
+    with pytest.warns(UserWarning, match="damaged: training from the start"):
+        training.train(model, random_sequences(4), SHORT, seed=0, checkpoint=checkpoint)
+    training.train(whole, random_sequences(4), SHORT, seed=0)
+    assert same_weights(model, whole)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="nothing to train on"):
+        training.train(tiny_model(), random_sequences(4)[:0], SHORT, seed=0)
+    with pytest.raises(ValueError, match="33 tokens do not fit the model's context of 32"):
+        training.train(tiny_model(), random_sequences(4, length=33), SHORT, seed=0)
+    with pytest.raises(FloatingPointError, match=r"the loss at step \d+ of 60 is nan: the learning rate 1e\+200"):
+        training.train(tiny_model(), random_sequences(8), Training(epochs=60, learning_rate=1e200), seed=0)
+
+
+def test_a_finished_model_is_loaded_not_trained(run, monkeypatch):
+    first = training.load_trained(run)
+    assert training.training_record(run)["seconds"] > 0
+    assert len(training.training_record(run)["losses"]) == 9
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained twice"))
+    assert same_weights(first, training.load_trained(run))
+    assert not any(file.suffix in (".bin", ".pt", ".pkl") for file in run.folder.iterdir())
+
+
+def test_everything_that_makes_a_model_is_in_its_name(run):
+    others = [
+        Run(TINY | {"num_hidden_layers": 1}, run.sequences, run.training, run.seed),
+        Run(TINY, run.sequences.flip(0), run.training, run.seed),
+        Run(TINY, run.sequences, Training(epochs=4, batch_size=4, learning_rate=1e-2), run.seed),
+        Run(TINY, run.sequences, run.training, 1),
+    ]
+    assert len({r.folder for r in [run, *others]}) == 5
+    assert {"torch", "transformers", "tokenizers"} == run.description["versions"].keys()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_model_is_trained_again(run, damage):
+    first = copy.deepcopy(training.load_trained(run))  # a loaded model may still be backed by its file
+    file = run.folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[:-100])
+    with pytest.warns(UserWarning, match="is damaged: training it again"):
+        again = training.load_trained(run)
+    assert same_weights(first, again)
+
+
+def _train_and_count(cache, run, count):
+    os.environ["UNLEARNLIB_CACHE"] = cache
+    inner = training.train
+
+    def counted(*arguments):
+        with count.get_lock():
+            count.value += 1
+        time.sleep(1)  # long enough for the other process to come and want the same
+        return inner(*arguments)
+
+    training.train = counted
+    runs = [run, Run(run.source, run.sequences, run.training, 1)]
+    training.train_missing(runs)
+    for each in runs:
+        assert training._intact(each.folder)
+
+
+def test_two_processes_share_the_work(run, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    count = context.Value("i", 0)
+    arguments = (str(tmp_path), run, count)
+    processes = [context.Process(target=_train_and_count, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert count.value == 2  # two models, each trained once
+
+
+def _train_slowly(cache, run, started):
+    os.environ["UNLEARNLIB_CACHE"] = cache
+    save = training._save
+
+    def saved(*arguments):
+        save(*arguments)
+        started.set()
+        time.sleep(0.2)
+
+    training._save = saved
+    inner = training.train
+    training.train = lambda *arguments: inner(*arguments, checkpoint_seconds=0)
+    training.train_missing([run])
+
+
+def test_killed_during_training_goes_on_where_it_was(run, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=_train_slowly, args=(str(tmp_path), run, started))
+    process.start()
+    assert started.wait(120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not run.folder.exists()
+    checkpoint = run.folder.with_suffix(".checkpoint.safetensors")
+    with safetensors.safe_open(checkpoint, "pt") as file:
+        done = json.loads(file.metadata()["state"])["losses"]
+    assert 1 <= len(done) < 9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = training.load_trained(run)
+    whole = training.models.load_model(TINY, seed=0)
+    assert training.train(whole, run.sequences, SHORT, seed=0)[: len(done)] == done
+    assert same_weights(whole, resumed)

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from helpers import ARCHITECTURES, random_sequences, tiny_model
+
+from unlearnlib import measures, weights
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mean_gradient_against_finite_differences(architecture):
+    model, sequences = tiny_model(architecture), random_sequences(7)
+    gradient = weights.mean_gradient(model, sequences, measures.sequence_losses, batch_size=3)
+    start = weights.snapshot(model)
+    generator = torch.Generator().manual_seed(0)
+    direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in start.items()}
+    ends = []
+    # Llama's norm rounds to float32, whatever we ask for.
+    step, tolerance = (1e-4, 1e-2) if architecture == "llama" else (1e-6, 1e-6)
+    for sign in (1, -1):
+        weights.set_weights(model, start, direction, sign * step)
+        ends.append(measures.mean_loss(model, sequences))
+    numeric = (ends[0] - ends[1]) / (2 * step)
+    assert weights.dot(gradient, direction).item() == pytest.approx(numeric, rel=tolerance)
+
+
+def test_tied_weights_appear_once_and_frozen_ones_not_at_all():
+    model = tiny_model("opt")
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    names = weights.parameters(model).keys()
+    assert len(names) == len({p.data_ptr() for p in model.parameters()})
+    assert "lm_head.weight" not in names
+    model.model.decoder.embed_positions.weight.requires_grad_(False)
+    assert "model.decoder.embed_positions.weight" not in weights.parameters(model)
+    gradient = weights.mean_gradient(model, random_sequences(2), measures.sequence_losses)
+    assert gradient.keys() == weights.parameters(model).keys()
+
+
+def test_set_weights_moves_and_restores():
+    model = tiny_model()
+    start = weights.snapshot(model)
+    step = {name: torch.ones_like(p) for name, p in start.items()}
+    weights.set_weights(model, start, step, 0.5)
+    moved = weights.difference(weights.snapshot(model), start)
+    assert weights.norm(moved) == pytest.approx(0.5 * sum(p.numel() for p in start.values()) ** 0.5)
+    weights.set_weights(model, start)
+    assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0
+
+
+def test_a_sequence_with_a_bad_loss_is_named():
+    def loss(model, batch):
+        losses = measures.sequence_losses(model, batch)
+        return torch.where(batch[:, 0] == bad[0], losses * torch.nan, losses)
+
+    sequences = random_sequences(9)
+    sequences[:, 0] = torch.arange(9)
+    bad = sequences[7]
+    with pytest.raises(FloatingPointError, match="the loss of sequence 7 is not finite"):
+        weights.mean_gradient(tiny_model(), sequences, loss, batch_size=4)

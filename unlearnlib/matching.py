@@ -1,0 +1,118 @@
+"""Matched forgetting: bring every method to the same forget loss, and only then compare what it broke."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from unlearnlib.weights import difference, set_weights, snapshot
+
+TOLERANCE = 0.01
+"""How far, in nats, a matched forget loss may be from its target."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where the search for the target forget loss ended.
+
+    ``strength`` is in the method's own unit (a step length, or a number of steps, the last one fractional),
+    ``loss`` the forget loss there in nats, ``reached`` whether it is within tolerance of the target, and
+    ``evaluations`` how many times the forget loss was computed.
+    """
+
+    strength: float
+    loss: float
+    reached: bool
+    evaluations: int
+
+
+def match_strength(
+    loss_at: Callable[[float], float],
+    target: float,
+    start: float,
+    tolerance: float = TOLERANCE,
+    max_evaluations: int = 60,
+) -> Match:
+    """Find the smallest strength at which a one-shot method's forget loss equals ``target`` nats, by bisection.
+
+    ``loss_at(strength)`` applies the method afresh at that strength and returns the forget loss; it must be
+    continuous, need not be monotone, and may overflow: a loss that is not finite counts as above the target.
+    The first bracket is found by doubling or halving ``start``. If the target cannot be bracketed the result
+    is the strength that came closest, with ``reached`` false. The last strength tried is not always the one
+    returned, so apply the result once more before using the model.
+
+    Raises ValueError if ``start`` is not positive or the target not finite.
+    """
+    if not start > 0 or not math.isfinite(target):
+        raise ValueError(f"need a positive start and a finite target, not start={start}, target={target}")
+    tried: dict[float, float] = {}
+
+    def below(strength: float) -> bool:
+        loss = loss_at(strength)
+        tried[strength] = loss
+        return loss < target
+
+    def done() -> bool:
+        return len(tried) >= max_evaluations or any(abs(loss - target) <= tolerance for loss in tried.values())
+
+    low, high = 0.0, start
+    if below(low):
+        if below(start):
+            low, high = start, 2 * start
+            while not done() and below(high):
+                low, high = high, 2 * high
+        else:
+            while not done() and not below(high / 2):
+                high /= 2
+            low = high / 2
+        while not done():
+            middle = (low + high) / 2
+            if below(middle):
+                low = middle
+            else:
+                high = middle
+    best = min(tried, key=lambda strength: (_distance(tried[strength], target), strength))
+    return Match(best, tried[best], _distance(tried[best], target) <= tolerance, len(tried))
+
+
+def match_steps(
+    model: PreTrainedModel,
+    steps: Iterable[object],
+    forget_loss: Callable[[], float],
+    target: float,
+    tolerance: float = TOLERANCE,
+    max_steps: int = 1000,
+) -> Match:
+    """Run an iterative method on ``model`` until its forget loss crosses ``target`` nats, and stop there.
+
+    Each item drawn from ``steps`` is one update of the model in place. If the update that crosses overshoots by
+    more than the tolerance, only the part of it that lands on the target is taken, found by bisection along the
+    update. The model is left at the returned strength, a number of steps. A method that runs out of steps, or
+    whose loss stops being finite, is left where it was last finite, with ``reached`` false.
+    """
+    loss = forget_loss()
+    evaluations, taken = 1, 0
+    iterator = iter(steps)
+    while loss < target - tolerance and taken < max_steps:
+        before = snapshot(model)
+        if next(iterator, iterator) is iterator:
+            break
+        loss = forget_loss()
+        evaluations += 1
+        taken += 1
+        if not loss <= target + tolerance:
+            update = difference(snapshot(model), before)
+
+            def part(share: float, before: dict = before, update: dict = update) -> float:
+                set_weights(model, before, update, share)
+                return forget_loss()
+
+            last = match_strength(part, target, 1.0, tolerance)
+            set_weights(model, before, update, last.strength)
+            return Match(taken - 1 + last.strength, last.loss, last.reached, evaluations + last.evaluations)
+    return Match(taken, loss, abs(loss - target) <= tolerance, evaluations)
+
+
+def _distance(loss: float, target: float) -> float:
+    return abs(loss - target) if math.isfinite(loss) else math.inf

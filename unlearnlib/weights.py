@@ -1,0 +1,69 @@
+"""Vectors in weight space: dictionaries from parameter name to tensor, as in ``torch.func``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Vector = dict[str, Tensor]
+
+
+def parameters(model: PreTrainedModel) -> Vector:
+    """The model's trainable parameters by name: the live tensors, each tied one once, frozen ones left out."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(model: PreTrainedModel) -> Vector:
+    """A detached copy of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in parameters(model).items()}
+
+
+@torch.no_grad()
+def set_weights(
+    model: PreTrainedModel, start: Vector, direction: Vector | None = None, scale: float = 1.0
+) -> None:
+    """Set the weights to ``start + scale * direction`` (to ``start`` where no direction is given)."""
+    for name, p in parameters(model).items():
+        p.copy_(start[name])
+        if direction is not None:
+            p.add_(direction[name], alpha=scale)
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    """Inner product of two vectors, a scalar tensor."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def norm(a: Vector) -> float:
+    """Euclidean length of a vector."""
+    return dot(a, a).sqrt().item()
+
+
+def difference(a: Vector, b: Vector) -> Vector:
+    """The vector ``a - b``."""
+    return {name: a[name] - b[name] for name in a}
+
+
+def mean_gradient(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    loss: Callable[[PreTrainedModel, Tensor], Tensor],
+    batch_size: int = 32,
+) -> Vector:
+    """Gradient of the mean over ``sequences`` of ``loss(model, batch)``, which must return one value a sequence.
+
+    Batches are added up, so memory does not grow with the number of sequences [n, tokens].
+    Raises FloatingPointError naming the sequence if a loss is not finite.
+    """
+    live = parameters(model)
+    total = {name: torch.zeros_like(p) for name, p in live.items()}
+    for start in range(0, len(sequences), batch_size):
+        losses = loss(model, sequences[start : start + batch_size])
+        if not torch.isfinite(losses).all():
+            bad = start + int((~torch.isfinite(losses)).nonzero()[0])
+            raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
+        gradients = torch.autograd.grad(losses.sum(), list(live.values()))
+        for name, gradient in zip(live, gradients, strict=True):
+            total[name] += gradient / len(sequences)
+    return total
