@@ -68,3 +68,14 @@ def test_differences_are_paired_by_seed():
     assert plain["mean"] == pytest.approx(31)
     assert plain["high"] - plain["low"] > 10
     assert plain["seeds"] == 5
+
+
+def test_a_table_for_reading_puts_every_number_in_its_place():
+    frame = pd.concat(
+        [table([1.0, 2.0], "b", "kl"), table([3.0, 3.0], "a:x", "loss"), table([5.0, 5.0], "b", "loss")]
+    )
+    shown = results.format_table(results.summarise(frame), {"loss": "Loss", "kl": "KL"}, digits=1)
+    assert list(shown.columns) == ["Loss", "KL"]
+    assert shown.loc["a (x)"].tolist() == ["3.0 [3.0, 3.0]", "–"]
+    assert shown.loc["b"].tolist() == ["5.0 [5.0, 5.0]", "1.5 [1.0, 2.0]"]
+    assert results.mean_text([1.25]) == "1.25"

@@ -1,5 +1,6 @@
 """The set-up that all chapters share: one case a seed, its models from the cache, and its table of measures."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -88,6 +89,11 @@ class Report:
     retrained: PreTrainedModel
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    @functools.cached_property
+    def retrained_curve(self) -> list[float]:
+        """The retrained model's own relearning curve, against which all others are judged."""
+        return relearning.relearning_curve(self.retrained, self.case.splits.forget)
+
     def measure(self, method: str, model: PreTrainedModel, **extra: float) -> dict[str, float]:
         """Measure ``model`` and note it as ``method``; ``extra`` adds metrics the caller has measured.
 
@@ -118,16 +124,15 @@ class Report:
     def probe(self, method: str, model: PreTrainedModel) -> list[float]:
         """Run the relearning probe on a copy of ``model`` and note ``relearned_nats``; returns the curve.
 
-        The fall is measured against the retrained model's, so probe works in any order.
+        The fall is measured against that of the retrained model's curve.
         """
-        curve = relearning.relearning_curve(model, self.case.splits.forget)
-        fall = relearning.fall(curve) - self._retrained_fall
+        if model is self.retrained:
+            curve = self.retrained_curve
+        else:
+            curve = relearning.relearning_curve(model, self.case.splits.forget)
+        fall = relearning.fall(curve) - relearning.fall(self.retrained_curve)
         self.rows += list(self._tidy(method, {"relearned_nats": fall}))
         return curve
-
-    def __post_init__(self) -> None:
-        curve = relearning.relearning_curve(self.retrained, self.case.splits.forget)
-        self._retrained_fall = relearning.fall(curve)
 
     def _tidy(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
         profile = self.case.profile

@@ -1,12 +1,12 @@
 """One look for every figure: colour-blind safe, the same colour and marker for a method in all chapters."""
 
-import matplotlib as mpl
-import pandas as pd
-from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib_inline.backend_inline import set_matplotlib_formats
+import inspect
+from collections.abc import Callable
 
-from unlearnlib.results import method_label
+import matplotlib as mpl
+from cycler import cycler
+from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 # Okabe & Ito's palette, safe for the common kinds of colour blindness; markers tell methods apart without it.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -24,6 +24,7 @@ METHOD_STYLES = {
     "original": {"color": BLACK, "marker": "s"},
     "retrained": {"color": BLACK, "marker": "*", "markersize": 12},
     "finetuned": {"color": PURPLE, "marker": "P"},
+    "noise": {"color": SKY, "marker": "v"},
     "gradient_ascent": {"color": RED, "marker": "o"},
     "gradient_ascent:sgd": {"color": ORANGE, "marker": "^"},
     "gradient_ascent:adam": {"color": ORANGE, "marker": "v"},
@@ -60,13 +61,6 @@ def method_style(method: str) -> dict:
     return METHOD_STYLES.get(method) or METHOD_STYLES[method.partition(":")[0]]
 
 
-def plot_intervals(ax: Axes, summary: pd.DataFrame, metric: str) -> None:
-    """Draw one metric of a ``summarise`` table as a dot and a 95 % interval for each method, top to bottom."""
-    rows = summary.xs(metric, level="metric")
-    for height, (method, row) in enumerate(rows.iterrows()):
-        style = method_style(method)
-        ax.plot([row["low"], row["high"]], [height, height], color=style["color"])
-        ax.plot(row["mean"], height, linestyle="none", **style)
-    ax.set_yticks(range(len(rows)), [method_label(method) for method in rows.index])
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
+def source(*functions: Callable) -> Markdown:
+    """Show the source of library functions as it is in the module, so that a chapter never holds a copy."""
+    return Markdown("```python\n" + "\n\n".join(map(inspect.getsource, functions)) + "```")

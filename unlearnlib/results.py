@@ -64,7 +64,8 @@ def bootstrap_interval(values: Iterable[float], level: float = 0.95) -> tuple[fl
 def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """Mean, 95 % interval and number of seeds of every method and metric.
 
-    With ``against`` a method's name, of the differences to that method, paired by seed. Returns columns
+    With ``against`` a method's name, of the differences to that method, paired by seed, for the metrics that
+    method has. Returns columns
     ``mean, low, high, seeds`` indexed by method and metric, methods and metrics in order of first appearance.
     """
     wide = table.pivot_table(index="seed", columns=["method", "metric"], values="value", sort=False)
@@ -72,6 +73,8 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     for method, metric in wide.columns:
         values = wide[method, metric]
         if against is not None:
+            if (against, metric) not in wide:
+                continue
             values = values - wide[against, metric]
         values = values.dropna()
         low, high = bootstrap_interval(values)
@@ -81,36 +84,31 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     return frame
 
 
+def mean_text(values: Iterable[float], digits: int = 2) -> str:
+    """Write a mean and its 95 % interval, as in ``4.56 [4.51, 4.60]``; of a single value, the value alone."""
+    values = np.asarray(list(values), dtype=float)
+    return _text(values.mean(), *bootstrap_interval(values), digits)
+
+
 def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2) -> pd.DataFrame:
-    """Lay a ``summarise`` table out for reading: a row a method, a column a metric, "mean [low, high]" in each cell.
+    """Lay a ``summarise`` table out for reading: a row a method, a column a metric, "mean [low, high]" inside.
 
     ``metrics`` maps each metric to its column heading. A cell that was not measured shows a dash.
     """
+    methods = list(dict.fromkeys(summary.index.get_level_values("method")))
+    wide = pd.DataFrame("–", index=methods, columns=list(metrics))
+    for (method, metric), row in summary.iterrows():
+        if metric in metrics:
+            wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
+    wide.index = pd.Index(map(method_label, methods), name="method")
+    return wide.rename(columns=metrics)
 
-    def cell(row: pd.Series) -> str:
-        interval = "" if np.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-        return f"{row['mean']:.{digits}f}{interval}"
 
-    cells = summary[summary.index.isin(metrics, level="metric")].apply(cell, axis=1)
-    wide = cells.unstack("metric", sort=False).reindex(columns=list(metrics)).fillna("–")
-    wide.index = pd.Index([method_label(method) for method in wide.index], name="method")
-    wide.columns = [metrics[metric] for metric in wide.columns]
-    return wide
+def _text(mean: float, low: float, high: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
 def method_label(method: str) -> str:
     """A method's name for people: ``gradient_ascent:adam`` becomes ``gradient ascent (adam)``."""
     name, _, variant = method.partition(":")
     return name.replace("_", " ") + (f" ({variant})" if variant else "")
-
-
-def agreement(table: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Compare the means of a rerun with the intervals of the reference results.
-
-    Returns the reference's summary with the rerun's mean in ``rerun`` and whether it lies in the reference's 95 %
-    interval, widened by its rounding, in ``agrees``; only methods and metrics that both have.
-    """
-    both = summarise(reference).join(summarise(table)["mean"].rename("rerun"), how="inner")
-    rounding = 1e-8 * both["mean"].abs()
-    agrees = (both["rerun"] >= both["low"] - rounding) & (both["rerun"] <= both["high"] + rounding)
-    return both.assign(agrees=agrees)

@@ -1,0 +1,115 @@
+import dataclasses
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from unlearnlib import experiment, measures, models, profiles, results
+from unlearnlib.training import Training
+
+TINY_PROFILE = dataclasses.replace(
+    profiles.PROFILES["quick"],
+    corpus="tales",
+    model=models.small_opt(300, hidden_size=16, layers=1, heads=2),
+    vocabulary=300,
+    length=24,
+    forget=6,
+    retain=30,
+    holdout=10,
+    training=Training(epochs=2, learning_rate=1e-2),
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        corpus = experiment.load_corpus("tales")  # from the user's cache
+        patch.setattr(experiment, "load_corpus", lambda name: corpus)
+        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield experiment.prepare(TINY_PROFILE)
+
+
+def test_the_three_models_are_trained_on_what_their_names_say(cases):
+    case = cases[0]
+    runs = case.runs()
+    assert torch.equal(runs["original"].sequences, torch.cat([case.splits.forget, case.splits.retain]))
+    assert torch.equal(runs["retrained"].sequences, case.splits.retain)
+    assert torch.equal(runs["retrained_again"].sequences, case.splits.retain)
+    assert runs["original"].seed == runs["retrained"].seed != runs["retrained_again"].seed
+    assert len({run.folder for case in cases for run in case.runs().values()}) == 6
+
+
+def test_every_copy_of_a_model_is_fresh(cases):
+    first = cases[0].original()
+    with torch.no_grad():
+        first.lm_head.weight.zero_()
+    assert cases[0].original().lm_head.weight.abs().sum() > 0
+
+
+def test_a_report_says_what_the_measures_say(cases):
+    case = cases[0]
+    report = experiment.Report(case, case.retrained())
+    original = case.original()
+    values = report.measure("original", original, strength=3.0)
+    assert values["forget_loss"] == pytest.approx(measures.mean_loss(original, case.splits.forget), rel=1e-5)
+    assert values["holdout_loss"] == pytest.approx(measures.mean_loss(original, case.splits.holdout), rel=1e-5)
+    assert values["strength"] == 3.0
+    assert report.measure("retrained", case.retrained())["kl_holdout"] == pytest.approx(0, abs=1e-9)
+    report.probe("retrained", case.retrained())
+    table = pd.DataFrame(report.rows)
+    assert table.query("metric == 'relearned_nats'")["value"].item() == 0  # against itself
+    assert set(table.columns) == set(results.COLUMNS) - {"exhibit"}
+    assert (table["model"] == "opt-16x1").all()
+
+
+def test_unknown_profiles_corpora_and_numbers_are_refused():
+    assert profiles.get_profile("quick", "tales", 2).seeds == (0, 1)
+    assert profiles.get_profile("quick").corpus == "reuters"
+    with pytest.raises(ValueError, match="unknown profile 'fast': choose one of quick, cpu, gpu"):
+        profiles.get_profile("fast")
+    with pytest.raises(ValueError, match="unknown corpus 'news'"):
+        profiles.get_profile("quick", "news")
+    with pytest.raises(ValueError, match="at least one seed, not 0"):
+        profiles.get_profile("quick", seeds=0)
+
+
+EXPERIMENT = """
+import sys
+import pandas as pd
+from test_experiment import TINY_PROFILE
+from unlearnlib import experiment, gradient_ascent, matching, measures, results
+import torch
+
+corpus = experiment.load_corpus("tales")
+experiment.load_corpus = lambda name: corpus
+import os
+os.environ["UNLEARNLIB_CACHE"] = sys.argv[1] + "/cache"
+rows = []
+for case in experiment.prepare(TINY_PROFILE):
+    report = experiment.Report(case, case.retrained())
+    model = case.original()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    splits = case.splits
+    steps = gradient_ascent.descend(
+        model, gradient_ascent.gradient_difference_loss, splits.forget, splits.retain, optimizer, seed=0
+    )
+    target = measures.mean_loss(model, splits.forget) + 0.2
+    match = matching.match_steps(model, steps, lambda: measures.mean_loss(model, splits.forget), target)
+    report.measure("gradient_difference", model, strength=match.strength)
+    report.probe("gradient_difference", model)
+    rows += report.rows
+results.write_results(pd.DataFrame(rows), sys.argv[1], "twice")
+"""
+
+
+def test_the_same_experiment_twice_from_nothing_gives_the_same_bytes(tmp_path, pytestconfig):
+    written = []
+    for name in ("first", "second"):
+        command = [sys.executable, "-c", EXPERIMENT, str(tmp_path / name)]
+        subprocess.run(command, check=True, cwd=pytestconfig.rootpath / "tests", capture_output=True)
+        written.append((tmp_path / name / "twice.csv").read_bytes())
+    assert written[0] == written[1]
+    assert written[0].count(b"\n") > 20
