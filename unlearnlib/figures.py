@@ -27,7 +27,7 @@ METHOD_STYLES = {
     "noise": {"color": SKY, "marker": "v"},
     "gradient_ascent": {"color": RED, "marker": "o"},
     "gradient_ascent:sgd": {"color": ORANGE, "marker": "^"},
-    "gradient_ascent:adam": {"color": ORANGE, "marker": "v"},
+    "gradient_ascent:adam": {"color": GREEN, "marker": "v"},
     "gradient_difference": {"color": BLUE, "marker": "D"},
     "gradient_ascent:kl": {"color": SKY, "marker": "X"},
 }
