@@ -79,3 +79,4 @@ def test_a_table_for_reading_puts_every_number_in_its_place():
     assert shown.loc["a (x)"].tolist() == ["3.0 [3.0, 3.0]", "–"]
     assert shown.loc["b"].tolist() == ["5.0 [5.0, 5.0]", "1.5 [1.0, 2.0]"]
     assert results.mean_text([1.25]) == "1.25"
+    assert results.mean_text([-0.001, -0.001]) == "0.00 [0.00, 0.00]"

@@ -100,12 +100,14 @@ def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2
     for (method, metric), row in summary.iterrows():
         if metric in metrics:
             wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
-    wide.index = pd.Index(map(method_label, methods), name="method")
+    wide.index = pd.Index(map(method_label, methods))
     return wide.rename(columns=metrics)
 
 
 def _text(mean: float, low: float, high: float, digits: int) -> str:
-    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+    # Adding zero turns what rounds to -0.00 into 0.00.
+    mean, low, high = (f"{round(float(x), digits) + 0.0:.{digits}f}" for x in (mean, low, high))
+    return mean if low == "nan" else f"{mean} [{low}, {high}]"
 
 
 def method_label(method: str) -> str:
