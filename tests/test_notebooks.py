@@ -179,7 +179,11 @@ def test_interrupted_it_stops_the_kernel_and_keeps_nothing(tmp_path, sign):
     cell = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
     root = make_root(tmp_path, slow=[cell])
     build = subprocess.Popen(
-        [sys.executable, "-m", "unlearnlib.build"], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-m", "unlearnlib.build"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A shell starts background jobs with Ctrl-C ignored, and we may be in one: the build shall not be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     written = root / "notebooks" / "pid"
     deadline = time.monotonic() + 60
