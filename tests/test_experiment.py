@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from unlearnlib import experiment, measures, models, profiles, results
+from unlearnlib import experiment, gradient_ascent, matching, measures, models, profiles, results, weights
 from unlearnlib.training import Training
 
 TINY_PROFILE = dataclasses.replace(
@@ -63,6 +63,63 @@ def test_a_report_says_what_the_measures_say(cases):
     assert table.query("metric == 'relearned_nats'")["value"].item() == 0  # against itself
     assert set(table.columns) == set(results.COLUMNS) - {"exhibit"}
     assert (table["model"] == "opt-16x1").all()
+
+
+def test_curvature_and_choices_see_different_parts_of_the_retain_set(cases):
+    case = cases[0]
+    assert torch.equal(torch.cat([case.estimation, case.validation]), case.splits.retain)
+    assert len(case.validation) == len(case.splits.retain) // 8 > 0
+
+
+def test_a_report_follows_a_direction_through_the_target(cases):
+    case = cases[0]
+    report = experiment.Report(case, case.retrained())
+    model = case.original()
+    start, delta = weights.snapshot(model), gradient_ascent.ascent_direction(model, case.splits.forget)
+    report.reference("original", case.original())
+    report.reference("retrained", report.retrained)
+    match = report.follow_direction("gradient_ascent", model, start, delta)
+    assert match.reached
+    assert match.loss == pytest.approx(report.target, abs=matching.TOLERANCE)
+    assert report.matches["gradient_ascent"] == match
+    assert len(report.curves["gradient_ascent"]) == 31
+    frontier = experiment.frontier_table([report])
+    points = frontier.pivot_table(index=["method", "share"], columns="metric", values="value")
+    assert list(points.index) == [("gradient_ascent", share) for share in experiment.SHARES] + [("original", 0.0)]
+    gap = report.target - report.original_loss
+    for (_, share), excess in points["forget_excess"].items():
+        assert excess == pytest.approx((share - 1) * gap, abs=matching.TOLERANCE)
+    table = experiment.results_table([report])
+    at_match = table.query("method == 'gradient_ascent' and metric == 'forget_loss'")["value"].item()
+    assert at_match == pytest.approx(match.loss, rel=1e-5)
+
+
+def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
+    case = cases[0]
+    report = experiment.Report(case, case.retrained())
+    model = case.original()
+    end = matching.Match(3.0, report.original_loss, reached=False, evaluations=1)
+    assert report.follow("finetuned", model, lambda loss: end) == end
+    assert [point["share"] for point in report.frontier] == [experiment.SHARES[0]]
+    table = experiment.results_table([report])
+    assert table.query("metric == 'reached'")["value"].item() == 0.0
+
+
+def test_the_damping_is_chosen_by_validation_among_those_that_reach_the_target(cases):
+    case = cases[0]
+    report = experiment.Report(case, case.retrained())
+    model = case.original()
+    start, delta = weights.snapshot(model), gradient_ascent.ascent_direction(model, case.splits.forget)
+    down = {name: -value for name, value in delta.items()}  # forgets nothing at any length that makes sense
+    sweep = experiment.sweep_damping(case, model, start, [(0.1, delta), (1.0, down)], report.target)
+    matching.match_direction(model, start, delta, case.splits.forget, report.target)
+    assert sweep["validation_loss"][0] == pytest.approx(measures.mean_loss(model, case.validation))
+    sweep = pd.DataFrame(
+        {"damping": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
+    )
+    assert experiment.best_damping(sweep) == 2.0
+    with pytest.raises(ValueError, match="widen the grid"):
+        experiment.best_damping(sweep.assign(reached=False))
 
 
 def test_unknown_profiles_corpora_and_numbers_are_refused():

@@ -84,3 +84,22 @@ def test_a_step_into_infinity_is_cut_back_to_the_target():
     match = matching.match_steps(model, steps(), loss, target=10.0)
     assert match.reached
     assert 0 < match.strength < 1
+
+
+def test_a_direction_is_followed_to_the_target():
+    model, forget = tiny_model(), random_sequences(6)
+    start = weights.snapshot(model)
+    delta = weights.mean_gradient(model, forget, measures.sequence_losses)
+    target = measures.mean_loss(model, forget) + 0.3
+    for scale in (1e-6, 1.0, 1e6):  # the unit of the direction does not matter
+        direction = {name: scale * value for name, value in delta.items()}
+        match = matching.match_direction(model, start, direction, forget, target)
+        assert match.reached
+        assert measures.mean_loss(model, forget) == pytest.approx(match.loss) == pytest.approx(target, abs=0.01)
+        moved = weights.difference(weights.snapshot(model), start)
+        assert weights.norm(moved) == pytest.approx(match.strength * weights.norm(direction))
+    for nowhere in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="leads nowhere"):
+            matching.match_direction(
+                model, start, {n: nowhere * torch.ones_like(v) for n, v in delta.items()}, forget, target
+            )

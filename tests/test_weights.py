@@ -55,3 +55,15 @@ def test_a_sequence_with_a_bad_loss_is_named():
     bad = sequences[7]
     with pytest.raises(FloatingPointError, match="the loss of sequence 7 is not finite"):
         weights.mean_gradient(tiny_model(), sequences, loss, batch_size=4)
+
+
+def test_rows_and_vectors_are_two_forms_of_one_thing():
+    vector = weights.snapshot(tiny_model())
+    row = weights.flatten(vector)
+    assert row.shape == (sum(p.numel() for p in vector.values()),)
+    for name, value in weights.unflatten(row, vector).items():
+        assert torch.equal(value, vector[name])
+    drawn = [weights.random_vector(vector, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(weights.flatten(drawn[0]), weights.flatten(drawn[1]))
+    assert not torch.equal(weights.flatten(drawn[0]), weights.flatten(drawn[2]))
+    assert weights.flatten(drawn[0]).std().item() == pytest.approx(1, abs=0.05)

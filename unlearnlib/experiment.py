@@ -1,19 +1,24 @@
 """The set-up that all chapters share: one case a seed, its models from the cache, and its table of measures."""
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import measures, relearning
+from unlearnlib import matching, measures, relearning
 from unlearnlib.data import load_corpus
+from unlearnlib.matching import Match
 from unlearnlib.models import load_tokenizer
 from unlearnlib.profiles import Profile
 from unlearnlib.sequences import Splits, make_splits, train_tokenizer
 from unlearnlib.training import Run, load_trained, train_missing
+from unlearnlib.weights import Vector
 
 SECOND_SEED = 1000
 """Added to a case's seed for the second retrained model, which differs by initial weights and batch order."""
@@ -30,6 +35,16 @@ class Case:
     seed: int
     tokenizer: PreTrainedTokenizerBase
     splits: Splits
+
+    @property
+    def validation(self) -> Tensor:
+        """The last eighth of the retain sequences: settings such as λ are chosen by the loss on these."""
+        return self.splits.retain[-(len(self.splits.retain) // 8) :]
+
+    @property
+    def estimation(self) -> Tensor:
+        """The other retain sequences: curvature is estimated on these."""
+        return self.splits.retain[: -(len(self.splits.retain) // 8)]
 
     def runs(self) -> dict[str, Run]:
         """The training runs behind the three models."""
@@ -81,18 +96,41 @@ def prepare(profile: Profile) -> list[Case]:
     return cases
 
 
+SHARES = (0.5, 0.75, 1.0, 1.25)
+"""Where on its way from the original's forget loss to the retrained model's a method stops for the frontier."""
+
+
 @dataclass
 class Report:
-    """Measures models of one case against its retrained model, and keeps the rows of the results table."""
+    """Measures models of one case against its retrained model, and keeps all that the chapter's tables need.
+
+    ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
+    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
+    time these took.
+    """
 
     case: Case
     retrained: PreTrainedModel
     rows: list[dict[str, Any]] = field(default_factory=list)
+    frontier: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    matches: dict[str, Match] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @functools.cached_property
     def retrained_curve(self) -> list[float]:
         """The retrained model's own relearning curve, against which all others are judged."""
         return relearning.relearning_curve(self.retrained, self.case.splits.forget)
+
+    @functools.cached_property
+    def original_loss(self) -> float:
+        """The original model's forget loss in nats, from which every method starts."""
+        return measures.mean_loss(self.case.original(), self.case.splits.forget)
+
+    @functools.cached_property
+    def target(self) -> float:
+        """The retrained model's forget loss in nats, which matched forgetting has to reach."""
+        return measures.mean_loss(self.retrained, self.case.splits.forget)
 
     def measure(self, method: str, model: PreTrainedModel, **extra: float) -> dict[str, float]:
         """Measure ``model`` and note it as ``method``; ``extra`` adds metrics the caller has measured.
@@ -121,8 +159,8 @@ class Report:
         self.rows += list(self._tidy(method, values))
         return values
 
-    def probe(self, method: str, model: PreTrainedModel) -> list[float]:
-        """Run the relearning probe on a copy of ``model`` and note ``relearned_nats``; returns the curve.
+    def probe(self, method: str, model: PreTrainedModel) -> None:
+        """Run the relearning probe on a copy of ``model``; keep its curve and note ``relearned_nats``.
 
         The fall is measured against that of the retrained model's curve.
         """
@@ -130,9 +168,43 @@ class Report:
             curve = self.retrained_curve
         else:
             curve = relearning.relearning_curve(model, self.case.splits.forget)
+        self.curves[method] = curve
         fall = relearning.fall(curve) - relearning.fall(self.retrained_curve)
         self.rows += list(self._tidy(method, {"relearned_nats": fall}))
-        return curve
+
+    def reference(self, method: str, model: PreTrainedModel) -> None:
+        """Measure and probe a model that nothing has to be matched for."""
+        self.measure(method, model)
+        self.probe(method, model)
+
+    def follow(self, method: str, model: PreTrainedModel, reach: Callable[[float], Match]) -> Match:
+        """Take a method along the frontier; at matched forgetting measure and probe what it has made.
+
+        ``reach(loss)`` brings ``model`` to that forget loss in nats, and is called for each of ``SHARES`` in
+        turn. A method that cannot get to a point is measured where it ended, with ``reached`` 0, and goes no
+        further. Returns the match at the target, or where it ended short of it.
+        """
+        started = time.perf_counter()
+        for share in SHARES:
+            match = reach(self.original_loss + share * (self.target - self.original_loss))
+            if share == 1.0 or (not match.reached and share < 1.0):
+                self.seconds[method] = time.perf_counter() - started
+                self.matches[method] = match
+                self.measure(method, model, strength=match.strength, reached=float(match.reached))
+                self.probe(method, model)
+            holdout = measures.mean_loss(model, self.case.splits.holdout)
+            point = {"seed": self.case.seed, "method": method, "share": share}
+            self.frontier.append(point | {"forget": match.loss, "holdout": holdout})
+            if not match.reached:
+                break
+        return self.matches[method]
+
+    def follow_direction(self, method: str, model: PreTrainedModel, start: Vector, direction: Vector) -> Match:
+        """:meth:`follow` for a method that takes one step from ``start`` along ``direction``."""
+        forget = self.case.splits.forget
+        return self.follow(
+            method, model, lambda loss: matching.match_direction(model, start, direction, forget, loss)
+        )
 
     def _tidy(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
         profile = self.case.profile
@@ -145,6 +217,61 @@ class Report:
                 "metric": metric,
                 "value": value,
             }
+
+
+def sweep_damping(
+    case: Case,
+    model: PreTrainedModel,
+    start: Vector,
+    directions: Iterable[tuple[float, Vector]],
+    target: float,
+) -> pd.DataFrame:
+    """Match forgetting along the direction of each λ, and see what it costs on the validation sequences.
+
+    ``directions`` are pairs of λ and direction. Returns a row a λ: ``damping``, ``validation_loss`` in nats,
+    ``strength`` and ``reached``. The λ to use is the one with the smallest validation loss among those that
+    reached ``target`` nats; holdout plays no part in it.
+    """
+    rows = []
+    for damping, direction in directions:
+        match = matching.match_direction(model, start, direction, case.splits.forget, target)
+        loss = measures.mean_loss(model, case.validation)
+        rows.append([damping, loss, match.strength, match.reached])
+    return pd.DataFrame(rows, columns=["damping", "validation_loss", "strength", "reached"])
+
+
+def best_damping(sweep: pd.DataFrame) -> float:
+    """The λ of a :func:`sweep_damping` that reached the target at the smallest validation loss.
+
+    Raises ValueError if none did.
+    """
+    reached = sweep[sweep["reached"]]
+    if reached.empty:
+        raise ValueError(f"no damping of {sweep['damping'].tolist()} reaches the target: widen the grid")
+    return float(reached.loc[reached["validation_loss"].idxmin(), "damping"])
+
+
+def results_table(reports: Iterable[Report]) -> pd.DataFrame:
+    """All rows of some reports, as :func:`unlearnlib.results.write_results` wants them."""
+    return pd.DataFrame([row for report in reports for row in report.rows])
+
+
+def frontier_table(reports: Iterable[Report]) -> pd.DataFrame:
+    """All points of some reports' frontiers as tidy results: excesses over the retrained model, in nats.
+
+    The metrics are ``forget_excess`` and ``holdout_excess``; the original model is the point of share 0.
+    """
+    rows = []
+    for report in reports:
+        values = {(row["method"], row["metric"]): row["value"] for row in report.rows}
+        origin = {"seed": report.case.seed, "method": "original", "share": 0.0}
+        origin |= {name: values["original", f"{name}_loss"] for name in ("forget", "holdout")}
+        for point in (origin, *report.frontier):
+            for name in ("forget", "holdout"):
+                excess = point[name] - values["retrained", f"{name}_loss"]
+                row = next(report._tidy(point["method"], {f"{name}_excess": excess}))
+                rows.append(row | {"share": point["share"]})
+    return pd.DataFrame(rows)
 
 
 def model_name(profile: Profile) -> str:

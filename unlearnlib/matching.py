@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.weights import difference, set_weights, snapshot
+from unlearnlib.measures import mean_loss
+from unlearnlib.weights import Vector, difference, norm, set_weights, snapshot
 
 TOLERANCE = 0.01
 """How far, in nats, a matched forget loss may be from its target."""
@@ -74,6 +76,27 @@ def match_strength(
                 high = middle
     best = min(tried, key=lambda strength: (_distance(tried[strength], target), strength))
     return Match(best, tried[best], _distance(tried[best], target) <= tolerance, len(tried))
+
+
+def match_direction(
+    model: PreTrainedModel, start: Vector, direction: Vector, forget: Tensor, target: float
+) -> Match:
+    """Put ``model`` at ``start + α direction`` with the α at which its loss on ``forget`` is ``target`` nats.
+
+    The first α tried moves the weights by one per cent of their length. Raises ValueError if the direction is
+    zero or not finite.
+    """
+    length = norm(direction)
+    if not (length > 0 and math.isfinite(length)):
+        raise ValueError(f"the direction has length {length}: it leads nowhere")
+
+    def loss_at(strength: float) -> float:
+        set_weights(model, start, direction, strength)
+        return mean_loss(model, forget)
+
+    match = match_strength(loss_at, target, start=0.01 * norm(start) / length)
+    set_weights(model, start, direction, match.strength)
+    return match
 
 
 def match_steps(

@@ -18,11 +18,16 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
-    """Log-probabilities in nats of every next token, shape [n, tokens - 1, vocabulary], in at least float32."""
+def logits(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Logits of every next token, shape [n, tokens - 1, vocabulary]; the last token predicts nothing."""
     check_length(model, sequences.shape[1])
-    logits = model(input_ids=sequences.to(model.device), use_cache=False).logits[:, :-1]
-    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return model(input_ids=sequences[:, :-1].to(model.device), use_cache=False).logits
+
+
+def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Log-probabilities in nats of every next token, shaped like :func:`logits`, in at least float32."""
+    z = logits(model, sequences)
+    return F.log_softmax(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 def token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:

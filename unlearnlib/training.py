@@ -124,7 +124,14 @@ def train(
 
 
 # What a trained model depends on: a change to any of these trains every model again.
-CODE = (train, models.load_model, measures.sequence_losses, measures.token_losses, measures.log_probabilities)
+CODE = (
+    train,
+    models.load_model,
+    measures.sequence_losses,
+    measures.token_losses,
+    measures.log_probabilities,
+    measures.logits,
+)
 
 
 def train_missing(runs: Sequence[Run]) -> None:

@@ -45,6 +45,28 @@ def difference(a: Vector, b: Vector) -> Vector:
     return {name: a[name] - b[name] for name in a}
 
 
+def flatten(a: Vector) -> Tensor:
+    """All entries of a vector in one row, shape [d], parameter after parameter."""
+    return torch.cat([value.reshape(-1) for value in a.values()])
+
+
+def unflatten(row: Tensor, like: Vector) -> Vector:
+    """The inverse of :func:`flatten`: a row [d] as a vector with the names and shapes of ``like``."""
+    parts = row.split([value.numel() for value in like.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def random_vector(like: Vector, generator: torch.Generator) -> Vector:
+    """Standard normal entries with the names, shapes, dtype and device of ``like``.
+
+    Drawn on the CPU, so that a seed gives the same vector on every device.
+    """
+    return {
+        name: torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        for name, value in like.items()
+    }
+
+
 def mean_gradient(
     model: PreTrainedModel,
     sequences: Tensor,

@@ -1,0 +1,32 @@
+"""What every curvature can do: three methods, so that an unlearning method is a few lines over any of them."""
+
+import math
+from typing import Protocol
+
+from unlearnlib.weights import Vector
+
+
+class Curvature(Protocol):
+    """A symmetric positive semi-definite matrix C over weight space, known only through what it does to vectors.
+
+    It is built from a model and sequences, and holds for the weights the model had then. Damping λ > 0 is an
+    argument and not part of C, so that one build serves every λ. All three return new vectors.
+    """
+
+    def matvec(self, v: Vector) -> Vector:
+        """The product C v."""
+
+    def solve(self, v: Vector, damping: float) -> Vector:
+        """The solution x of (C + λI) x = v."""
+
+    def power(self, v: Vector, exponent: float, damping: float) -> Vector:
+        """(C + λI)^p v for any real exponent p; p = -1 is :meth:`solve`, p = -1/2 or -1/4 shapes noise."""
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError unless ``damping`` is a positive, finite number."""
+    if not (damping > 0 and math.isfinite(damping)):
+        raise ValueError(
+            f"the damping must be positive and finite, not {damping}: without it the inverse is unbounded along "
+            "directions in which the curvature vanishes"
+        )
