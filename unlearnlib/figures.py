@@ -35,7 +35,7 @@ METHOD_STYLES = {
     "gradient_ascent:adam": {"color": GREEN, "marker": "v"},
     "gradient_difference": {"color": BLUE, "marker": "D"},
     "gradient_ascent:kl": {"color": SKY, "marker": "X"},
-    "newton_cg": {"color": BLUE, "marker": "p"},
+    "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
     "fisher_dual": {"color": BLUE, "marker": ">"},
