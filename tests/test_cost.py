@@ -1,0 +1,137 @@
+import gc
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_sequences, tiny_model
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+from unlearnlib import cost, measures
+
+
+def peak(function):
+    return cost.measure(function, "cpu", runs=1, at_least=0.0).peak_bytes
+
+
+def test_memory_of_known_tensors():
+    def function():
+        a = torch.ones(1000)  # 4,000 bytes
+        b = torch.ones(5000, dtype=torch.float64)  # 40,000: the peak
+        del b
+        return a + 1  # 4,000
+
+    assert peak(function) == 44_000
+    assert peak(function) == 44_000
+
+
+def test_memory_within_an_operation_counts():
+    x = torch.ones(1000)
+    assert peak(lambda: x.double().sum()) >= 8_000
+
+
+def test_memory_from_before_does_not_count():
+    held = [torch.ones(100_000)]
+    assert peak(lambda: torch.ones(1000)) == 4_000
+
+    def function():
+        held.clear()
+        return torch.ones(1000)
+
+    assert peak(function) == 4_000
+
+
+def test_a_function_without_tensors_needs_no_memory():
+    assert peak(lambda: None) == 0
+
+
+def test_what_an_earlier_measurement_left_behind_does_not_count():
+    left = []
+    assert peak(lambda: left.append(torch.ones(1000))) == 4_000
+    assert peak(lambda: torch.ones(500)) == 2_000
+
+
+def fake_clock(monkeypatch, name, *seconds):
+    """Let the calls of a measured function last ``seconds``, one after the other, by the clock called ``name``."""
+    readings = itertools.accumulate(s for second in seconds for s in (0.0, second))
+    monkeypatch.setattr(f"unlearnlib.cost.time.{name}", lambda: next(readings))
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, "process_time"), (2, "perf_counter")])
+def test_time_is_the_median_after_a_warm_up(monkeypatch, threads, clock):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    fake_clock(monkeypatch, clock, 5.0, 1.0, 2.0)
+    calls = []
+    assert cost.measure(lambda: calls.append(0), "cpu").seconds == 2.0
+    assert len(calls) == 4
+
+
+def test_quick_functions_are_called_more_often(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    fake_clock(monkeypatch, "process_time", *[0.25] * 10)
+    calls = []
+    cost.measure(lambda: calls.append(0), "cpu", at_least=2.0)
+    assert len(calls) == 9
+
+
+def test_a_time_needs_a_run():
+    with pytest.raises(ValueError, match="at least one run"):
+        cost.measure(lambda: None, "cpu", runs=0)
+
+
+def test_cuda_is_synchronised_and_asked_for_its_memory(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    fake_clock(monkeypatch, "perf_counter", 1.0, 2.0, 3.0)
+    assert cost.measure(lambda: log.append("call"), "cuda") == cost.Cost(2.0, 250)
+    assert log == ["reset"] + 4 * ["call", "wait"]
+
+
+def test_an_error_of_the_function_comes_through_and_leaves_no_trace():
+    with pytest.raises(ZeroDivisionError):
+        cost.measure(lambda: 1 / 0, "cpu")
+    assert gc.isenabled()
+    assert peak(lambda: torch.ones(1000)) == 4_000
+
+
+def test_a_plain_pass_is_one_forward_and_one_backward_pass():
+    model, sequences = tiny_model(), random_sequences(6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        measures.sequence_losses(model, sequences)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        cost.plain_pass(model, sequences, batch_size=4)
+    assert counter.get_total_flops() == 3 * forward
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_exact_power_law_is_found():
+    x = np.array([1.0, 2.0, 5.0, 11.0])
+    law = cost.fit_power_law(x, 3 * x**1.5)
+    assert law.scale == pytest.approx(3)
+    assert [law.low, law.exponent, law.high] == pytest.approx([1.5] * 3)
+
+
+def test_what_does_not_grow_has_the_exponent_zero():
+    law = cost.fit_power_law([1, 2, 3], [4, 4, 4])
+    assert (law.scale, law.exponent, law.low, law.high) == (pytest.approx(4), 0, 0, 0)
+
+
+def test_the_interval_holds_the_true_exponent_as_often_as_it_says():
+    rng, x = np.random.default_rng(0), np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    hits = 0
+    for _ in range(1000):
+        law = cost.fit_power_law(x, 2 * x**0.7 * np.exp(0.1 * rng.normal(size=5)))
+        hits += law.low <= 0.7 <= law.high
+    low, high = stats.binom.interval(0.999, 1000, 0.95)
+    assert low <= hits <= high
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 2, 3], [1, 0, 2]), ([-1, 2, 3], [1, 1, 2])])
+def test_what_cannot_be_a_power_law_is_an_error(x, y):
+    with pytest.raises(ValueError, match="three positive points or more"):
+        cost.fit_power_law(x, y)

@@ -1,0 +1,220 @@
+"""The streaming dual form against gradients of one sequence at a time and explicit matrices, in float64."""
+
+import re
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unlearnlib import measures, models, streaming, weights
+from unlearnlib.streaming import StreamingFisher
+
+M = 7
+SMALL_BUDGET = 12_000  # a few rows of each layer at a time
+DAMPING = 0.03
+
+
+def explicit_gradients(model, sequences):
+    """G by autograd and the textbook call."""
+    rows = []
+    for s in sequences:
+        logits = model(input_ids=s[None]).logits[0, :-1]
+        gradient = torch.autograd.grad(F.cross_entropy(logits, s[1:]), list(weights.parameters(model).values()))
+        rows.append(torch.cat([g.flatten() for g in gradient]))
+    return torch.stack(rows)
+
+
+def random_direction(model):
+    return weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(1))
+
+
+def gram(fisher):
+    return fisher.vectors @ (M * fisher.eigenvalues).diag() @ fisher.vectors.T
+
+
+def check(model, sequences=None, budget=SMALL_BUDGET):
+    """The m × m matrix, and products with a vector known beforehand or not, against explicit gradients."""
+    sequences = random_sequences(M) if sequences is None else sequences
+    gradients, v = explicit_gradients(model, sequences), random_direction(model)
+    expected = gradients.T @ (gradients @ weights.flatten(v)) / M
+    for known in (None, v):
+        fisher = StreamingFisher(model, sequences, budget, known, batch_size=3)
+        torch.testing.assert_close(gram(fisher), gradients @ gradients.T, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weights.flatten(fisher.matvec(v)), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("budget", [SMALL_BUDGET, 2**25])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_made_of_every_sequences_own_gradient(architecture, budget):
+    check(tiny_model(architecture), budget=budget)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_all_three_methods_are_those_of_the_matrix(known):
+    config = models.small_opt(VOCABULARY, hidden_size=8, layers=1, heads=2, context=16)
+    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
+    gradients, v = explicit_gradients(model, sequences), random_direction(model)
+    row = weights.flatten(v)
+    values, basis = torch.linalg.eigh(gradients.T @ gradients / M)
+    fisher = StreamingFisher(model, sequences, SMALL_BUDGET, v if known else None)
+
+    def agree(ours, theirs):
+        assert ours.keys() == v.keys()
+        torch.testing.assert_close(weights.flatten(ours), theirs, rtol=1e-8, atol=1e-8)
+
+    agree(fisher.matvec(v), gradients.T @ (gradients @ row) / M)
+    for damping in (1e-3, DAMPING, 10.0):
+        agree(fisher.solve(v, damping), basis @ ((basis.T @ row) / (values + damping)))
+        for p in (-0.5, -0.25, 0.5, 2.0):
+            agree(fisher.power(v, p, damping), basis @ ((basis.T @ row) * (values.clamp(min=0) + damping) ** p))
+    torch.testing.assert_close(fisher.eigenvalues, values[-M:])
+    # What came with the build is for that vector only.
+    other = {name: 2 * x for name, x in v.items()}
+    agree(fisher.solve(other, DAMPING), 2 * weights.flatten(fisher.solve(v, DAMPING)))
+
+
+@pytest.mark.parametrize("frozen", ["model.decoder.embed", "model.decoder.layers.0", "fc1.weight", "bias", "norm"])
+def test_frozen_parameters_are_left_out(frozen):
+    model = tiny_model("opt")
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen not in name)
+    check(model)
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "lm_head"])
+def test_an_output_layer_of_its_own(frozen):
+    model = tiny_model("llama")
+    model.get_parameter("lm_head.weight").requires_grad_(frozen != "lm_head")
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(frozen != "embed_tokens")
+    check(model)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama"])
+@pytest.mark.parametrize("weight", [True, False])
+def test_an_output_layer_with_a_bias(architecture, weight):
+    model = tiny_model(architecture)
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, dtype=torch.float64))
+    model.lm_head.weight.requires_grad_(weight)
+    check(model)
+
+
+def test_the_padding_row_of_the_embedding_gets_no_gradient():
+    model, sequences = tiny_model("opt"), random_sequences(M)
+    model.model.decoder.embed_tokens.padding_idx = int(sequences[0, 3])
+    check(model, sequences)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had that was made within the block."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+def test_neither_gradients_nor_logits_are_ever_held():
+    config = models.small_opt(400, hidden_size=16, layers=1, heads=2, context=16)
+    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
+    tokens = sequences.shape[1] - 1
+    row = 2 * tokens * 400  # the logits of one sequence, twice
+    with Largest() as plain:
+        measures.sequence_losses(model, sequences).sum().backward()
+    with Largest() as streamed:
+        StreamingFisher(model, sequences, budget_bytes=8 * row)
+    assert plain.numbers >= M * tokens * 400  # all logits
+    assert streamed.numbers == row
+
+
+def test_a_block_is_run_again_rather_than_kept():
+    model = tiny_model("opt")
+    runs = []
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    with streaming._checkpointed(model):
+        hidden = model.base_model(input_ids=random_sequences(2), use_cache=False).last_hidden_state
+        assert runs == [False]
+        hidden.sum().backward()
+    assert runs == [False, True]
+
+
+def test_the_model_may_move_afterwards():
+    model, sequences = tiny_model("opt"), random_sequences(M)
+    fisher, v = StreamingFisher(model, sequences, SMALL_BUDGET), random_direction(model)
+    before = fisher.solve(v, DAMPING)
+    weights.set_weights(model, weights.snapshot(model), v)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for name, x in fisher.solve(v, DAMPING).items():
+        assert torch.equal(x, before[name])
+
+
+def state(model):
+    return [
+        (name, vars(module).keys(), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ] + [(p.requires_grad, p.grad, p.detach().clone().nan_to_num(7).tolist()) for p in model.parameters()]
+
+
+def test_the_model_is_left_as_it_was_and_a_sequence_without_gradient_is_named():
+    model, sequences = tiny_model("llama"), random_sequences(M)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = state(model)
+    StreamingFisher(model, sequences).solve(random_direction(model), DAMPING)
+    assert state(model) == before
+    sequences[3, 4] = 0  # which is in no other
+    model.model.embed_tokens.weight.data[0] = torch.nan
+    before = state(model)
+    with pytest.raises(FloatingPointError, match="gradient of sequence 3 is not finite"):
+        StreamingFisher(model, sequences)
+    assert state(model) == before
+
+
+def test_blocks_are_as_before_after_an_error():
+    model = tiny_model("opt")
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), streaming._checkpointed(model):
+        raise ZeroDivisionError
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "hidden", "widest"), [(400, 16, "the output layer"), (40, 64, "model.decoder.layers.0.fc2")]
+)
+def test_a_budget_too_small_names_the_layer_and_what_it_needs(vocabulary, hidden, widest):
+    config = models.small_opt(vocabulary, hidden_size=hidden, layers=1, heads=2, context=16)
+    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
+    with pytest.raises(ValueError, match=f"1,000 bytes is too small for a row of {widest} of 7 seq") as error:
+        StreamingFisher(model, sequences, budget_bytes=1000)
+    needed = int(re.search(r"allow ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
+    check(model, sequences, budget=needed)
+    with pytest.raises(ValueError, match="too small"):
+        StreamingFisher(model, sequences, budget_bytes=needed - 1)
+
+
+def test_logits_that_are_more_than_a_linear_layer_are_named():
+    granite = {**ARCHITECTURES["llama"], "model_type": "granite", "logits_scaling": 2.0}
+    model = models.load_model(granite, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="logits of GraniteForCausalLM are more than a linear layer"):
+        StreamingFisher(model, random_sequences(M))
+    dropout = models.load_model(ARCHITECTURES["opt"] | {"dropout": 0.5}).train()
+    with pytest.raises(NotImplementedError, match=r"call model\.eval\(\)"):
+        StreamingFisher(dropout, random_sequences(M))
+
+
+def test_other_bad_input():
+    model = tiny_model("opt")
+    with pytest.raises(ValueError, match="at least one sequence"):
+        StreamingFisher(model, random_sequences(0))
+    with pytest.raises(ValueError, match="do not fit the model's context"):
+        StreamingFisher(model, random_sequences(2, length=40))
+    fisher = StreamingFisher(model, random_sequences(2))
+    for damping in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="damping must be positive"):
+            fisher.solve(random_direction(model), damping)

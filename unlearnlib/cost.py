@@ -1,0 +1,110 @@
+"""What something costs on this machine: its time, its memory, and how both grow."""
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from unlearnlib.measures import sequence_losses
+from unlearnlib.weights import parameters
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time in ``seconds``, and the most tensor memory in use above what was in use before, ``peak_bytes``."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure(
+    function: Callable[[], object], device: torch.device | str, runs: int = 3, at_least: float = 0.1
+) -> Cost:
+    """Call ``function`` once for its memory, which warms it up, then ``runs`` times or more for its median time.
+
+    It is called until ``at_least`` seconds have gone by in all. One thread of a CPU is timed by its own clock,
+    which stands still while other processes run; several threads, and CUDA, by the clock on the wall.
+
+    Raises ValueError if ``runs`` is less than one.
+    """
+    if runs < 1:
+        raise ValueError(f"need at least one run to measure a time, not {runs}")
+    device = torch.device(device)
+    peak = _peak_bytes(function, device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    times: list[float] = []
+    while len(times) < runs or sum(times) < at_least:
+        started = clock()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock() - started)
+    return Cost(statistics.median(times), peak)
+
+
+def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says when it starts and when it stops
+    gc.disable()  # else memory from before goes now and then, and makes a peak look lower
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        gc.enable()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    totals = [change["args"]["Total Allocated"] for change in changes]
+    start = totals[0] - changes[0]["args"]["Bytes"] if changes else 0
+    return max([start, *totals]) - start
+
+
+def plain_pass(model: PreTrainedModel, sequences: Tensor, batch_size: int = 32) -> None:
+    """One forward and backward pass over ``sequences`` [m, tokens]: the unit in which all else is counted."""
+    live = list(parameters(model).values())
+    for batch in sequences.split(batch_size):
+        torch.autograd.grad(sequence_losses(model, batch).sum(), live)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = ``scale`` · x^``exponent``, with the ends ``low`` and ``high`` of the exponent's 95 % interval."""
+
+    scale: float
+    exponent: float
+    low: float
+    high: float
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Least squares of log y on log x; the interval is Student's, for points that scatter about one line.
+
+    Raises ValueError if there are fewer than three points, or one is not positive.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) < 3 or not ((x > 0).all() and (y > 0).all()):
+        raise ValueError(f"a power law needs three positive points or more, not x = {x}, y = {y}")
+    line = stats.linregress(np.log(x), np.log(y))
+    scatter = 0.0 if np.ptp(y) == 0 else line.stderr  # which scipy leaves undefined for a constant
+    reach = stats.t.ppf(0.975, len(x) - 2) * scatter
+    return PowerLaw(float(np.exp(line.intercept)), line.slope, line.slope - reach, line.slope + reach)

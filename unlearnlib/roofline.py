@@ -1,0 +1,185 @@
+"""What each route to H⁻¹v would cost on a machine that is not at hand: computed, and never measured.
+
+A route is a few stages. A stage takes as long as its arithmetic or as its traffic with memory, whichever is longer
+(the roofline model of Williams, Waterman & Patterson 2009), and the time that Python takes to start it. All three
+are counted from the shape of the model.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work of one ``kind``: ``flops``, bytes of ``traffic``, and how often a layer's forward pass ``starts``.
+
+    A layer's backward pass is as much work as two forward ones, and counts as two.
+    """
+
+    kind: str
+    flops: float
+    traffic: float = 0.0
+    starts: float = 0.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """The stages of a route, one after the other, and its peak memory above the weights and what it ``needs``.
+
+    Both in bytes; ``needs`` is what an earlier route has made, the gradients G or Kronecker factors.
+    """
+
+    stages: list[Stage]
+    peak_bytes: float
+    needs: float = 0.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is reached in practice: flops a second by kind, bytes a second, and seconds to start a layer."""
+
+    flops: dict[str, float]
+    bandwidth: float
+    start: float
+
+    def seconds(self, route: Route) -> float:
+        """The time of all stages."""
+        return sum(
+            max(stage.flops / self.flops[stage.kind], stage.traffic / self.bandwidth) + stage.starts * self.start
+            for stage in route.stages
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of OPT's kind, and ``tokens``, the number T of tokens that it predicts in each sequence.
+
+    ``table`` is the width of the token table where it is not ``width``; the output layer is tied to the table.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    positions: int
+    tokens: int
+    table: int | None = None
+
+    def matrices(self) -> Iterator[tuple[int, int, int]]:
+        """Outputs and inputs of the linear layers but the last, and how often the model has such a layer."""
+        h = self.width
+        yield h, h, 4 * self.layers
+        yield 4 * h, h, self.layers
+        yield h, 4 * h, self.layers
+        if self.table not in (None, h):
+            yield h, self.table, 1
+            yield self.table, h, 1
+
+    @property
+    def linear(self) -> int:
+        """Weights in these layers."""
+        return sum(out * ins * number for out, ins, number in self.matrices())
+
+    @property
+    def head(self) -> int:
+        """Weights in the token table, which is the output layer as well."""
+        return self.vocabulary * (self.table or self.width)
+
+    @property
+    def d(self) -> int:
+        """All weights; a projection between table and layers replaces the last norm, as in OPT-350M."""
+        final = 2 if self.table in (None, self.width) else 0
+        return self.linear + self.head + (13 * self.layers + self.positions + 2 + final) * self.width
+
+    @property
+    def forward(self) -> int:
+        """Operations of one sequence's forward pass: two a weight and token, and T² scores in the attention."""
+        t = self.tokens
+        return 2 * t * (self.linear + self.head) + 4 * t * t * self.width * self.layers
+
+
+def routes(
+    shape: Shape, m: int, forget: int, number: int = 4, batch: int = 32, block: int = 64, budget: int = 2**25
+) -> dict[str, Route]:
+    """The routes of the book over ``m`` sequences, by name.
+
+    ``number`` bytes a weight and an activation; statistics are in float32, factorisations in float64. Passes take
+    ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has ``budget`` bytes
+    for its chunks. The recursions and the dual form start from the gradients that ``sequence_gradients`` has made,
+    and "kfac:request" from built factors and the gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
+
+    The constants of memory count the tensors that are alive at the peak, in this library's code.
+    """
+    d, t, h, batch = shape.d, shape.tokens, shape.width, min(batch, m)
+    v, gradients = d * number, m * d * number  # bytes of a vector in weight space, and of G
+
+    def passes(forwards: int, sequences: int = m, batch: int = batch) -> Stage:
+        """Work of so many forward passes, each of which moves every weight once a batch."""
+        activations = 12 * t * shape.layers * h * number + 3 * t * shape.vocabulary * 4
+        traffic = forwards * sequences * (v / batch + activations)
+        starts = forwards * shape.layers * math.ceil(sequences / batch)
+        return Stage("model", forwards * sequences * shape.forward, traffic, starts)
+
+    def float32(flops: float, traffic: float) -> Stage:
+        return Stage("float32", flops, traffic)
+
+    def kept(widths: float, outputs: float, scores: float = 0, batch: int = batch) -> float:
+        """Bytes of a batch's activations: for each token and layer so many times the width, and so on."""
+        layer = (widths * h + scores * shape.heads * t) * number
+        return batch * t * (shape.layers * layer + outputs * shape.vocabulary * 4)
+
+    sides = [(out, ins + 1, count) for out, ins, count in shape.matrices()]  # the bias is one more input
+    table = shape.table or h
+    squares = sum((a**2 + b**2) * k for a, b, k in sides) + table**2 + h**2  # numbers in all Kronecker factors
+    cubes = sum((a**3 + b**3) * k for a, b, k in sides) + table**3 + h**3
+    rotations = 4 * sum((a * a * b + a * b * b) * k for a, b, k in sides) + 4 * shape.head * table
+    covariances = 2 * m * t * (squares + table**2)
+    factors = [
+        passes(2),  # forward, and backward without the gradients of the weights
+        float32(covariances, 2 * m / batch * squares * 4),
+        Stage("eigen", 9 * cubes),
+        Stage("float64", 2 * cubes),
+    ]
+    own_gradients = 2 * m * t * (shape.linear + shape.head)
+    own_gram = float32(own_gradients + m * (m + 64) * d, 2 * m * d * 4)  # half of GGᵀ, in strips of 64
+    decomposition = Stage("eigen", 9 * m**3)
+    factors_bytes = max(squares * 4 + kept(12, 5), 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
+    combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
+
+    return {
+        "gradient": Route([passes(3)], kept(12, 3) + v),
+        "hessian_product": Route([passes(9)], kept(27, 6, 3) + 4 * v),
+        "gauss_newton_product": Route([passes(6)], kept(12, 9, 1) + 2 * v),
+        "newton_cg": Route([passes(6), float32(10 * d, 10 * v)], kept(12, 9, 1) + 6 * v),
+        "sequence_gradients": Route([passes(3, batch=1), float32(0, 3 * gradients)], gradients + 2 * v),
+        "fisher_recursion": Route(
+            [float32(4 * m * d * block, 3 * gradients * block)],
+            gradients + v * block,
+            gradients,
+        ),
+        "fisher_recursion:unrolled": Route([float32(2 * m**2 * d, m * gradients)], gradients + 4 * v, gradients),
+        "fisher_dual": Route(
+            [Stage("float64", 2 * m**2 * d, gradients), decomposition, float32(4 * m * d, 2 * gradients)],
+            max(4 * v, 4096 * 8 * m + 24 * m * m),
+            gradients,
+        ),
+        "fisher_dual:streaming": Route(
+            [passes(3, batch=m), own_gram, decomposition, passes(3, batch=combined)],
+            max(budget + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
+        ),
+        "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
+        "kfac": Route(factors, factors_bytes),
+        "ekfac": Route(
+            [*factors, passes(2), float32(covariances + own_gradients, 2 * m * d * 4)],
+            factors_bytes + d * 4 + 8 * min(batch * shape.head, 2**24),
+        ),
+        "kfac:request": Route(
+            [passes(3, forget, one), float32(rotations, (2 * squares + 4 * d) * 4)],
+            max(kept(12, 3, batch=one), 2 * v) + 2 * v,
+            (squares + d) * 4,
+        ),
+        "retrained:epoch": Route(
+            [passes(3), float32(15 * d * m / batch, 28 * d * m / batch)], kept(12, 3) + 3 * v
+        ),
+    }
