@@ -1,8 +1,11 @@
 """Kronecker factors against explicit Fisher matrices, block by block, in float64."""
 
+import copy
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
+from torch import nn
 
 from unlearnlib import kronecker, measures, weights
 
@@ -16,23 +19,24 @@ def tolerance(architecture):
 
 @pytest.fixture
 def datas_labels(monkeypatch):
-    """In place of drawn labels those of the data, so that an explicit matrix can be made with the same."""
+    """In place of drawn labels those of the data, so that explicit matrices can be made with the same."""
 
-    def follow(sequences):
-        rows = iter(sequences[:, 1:, None].split(32))
-        monkeypatch.setattr(kronecker, "_draw", lambda log_p, uniform: next(rows))
+    def follow(sequences):  # all in one batch, in as many passes as may be
+        monkeypatch.setattr(kronecker, "_draw", lambda p, uniform: sequences[:, 1:, None])
 
     return follow
 
 
 def build(name, model, sequences, datas_labels):
-    """EK-FAC makes two passes over the same labels."""
-    datas_labels(torch.cat([sequences, sequences]) if len(sequences) > 32 else sequences)
-    if name == "ekfac":
-        basis = build("kfac", model, sequences, datas_labels)
-        datas_labels(sequences)
-        return kronecker.second_moments(model, sequences, basis)
+    datas_labels(sequences)
     return BUILDERS[name](model, sequences)
+
+
+def biased_head():
+    """A tied OPT whose head has a bias, which the table has not."""
+    model = tiny_model("opt")
+    model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64))
+    return model
 
 
 def explicit_fishers(model, sequences, blocks):
@@ -43,22 +47,56 @@ def explicit_fishers(model, sequences, blocks):
         gradient = dict(zip(live, torch.autograd.grad(loss, list(live.values())), strict=True))
         for found, block in zip(rows, blocks, strict=True):
             found.append(block.matrix(gradient).flatten())
-    tokens = sequences.shape[1] - 1
-    return [torch.stack(found).T @ torch.stack(found) / (len(sequences) * tokens) for found in rows]
+    tokens = sequences[:, 1:].numel()
+    return [torch.stack(found).T @ torch.stack(found) / tokens for found in rows]
+
+
+def head_fisher(model, sequences):
+    """The exact Fisher [V·columns, V·columns] of the head alone: Jᵀ(diag p − p pᵀ)J, with J by autograd."""
+    total, untied = 0, untie(model)
+    live = [p for p in untied.lm_head.parameters()]
+    for sequence in sequences:
+        z = measures.logits(untied, sequence[None])[0]
+        for row in z:
+            jacobian = []
+            for logit in row:
+                parts = torch.autograd.grad(logit, live, retain_graph=True)
+                jacobian.append(torch.cat([p.reshape(VOCABULARY, -1) for p in parts], dim=1).flatten())
+            J, p = torch.stack(jacobian), row.detach().softmax(0)
+            total = total + J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+    return total / sequences[:, 1:].numel()
+
+
+def untie(model):
+    model = copy.deepcopy(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def bases(block):
+    sides = zip((block.left, block.right), block.eigenvalues.shape, strict=True)
+    return [torch.eye(size, dtype=torch.float64) if basis is None else basis for basis, size in sides]
 
 
 def dense(block):
     """A block's matrix, from its bases and eigenvalues."""
-    left, right = block.left, block.right
-    left = torch.eye(block.eigenvalues.shape[0], dtype=torch.float64) if left is None else left
-    right = torch.eye(block.eigenvalues.shape[1], dtype=torch.float64) if right is None else right
-    basis = torch.kron(left, right)
+    basis = torch.kron(*bases(block))
     return basis @ torch.diag(block.eigenvalues.flatten()) @ basis.T
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_take_vectors_apart_and_put_them_together(architecture):
-    model = tiny_model(architecture)
+def diagonal_of(fisher, block):
+    basis = torch.kron(*bases(block))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64))
+    return (basis * (fisher @ basis)).sum(0).reshape(block.eigenvalues.shape)
+
+
+def has_head(model, block):
+    return any(model.get_submodule(name) is model.get_output_embeddings() for name in block.layers)
+
+
+@pytest.mark.parametrize("make", [*(lambda a=a: tiny_model(a) for a in ARCHITECTURES), biased_head])
+def test_blocks_take_vectors_apart_and_put_them_together(make):
+    model = make()
     v = weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(0))
     found, entries = {}, 0
     for block in kronecker.kfac(model, SEQUENCES).blocks:
@@ -71,41 +109,79 @@ def test_blocks_take_vectors_apart_and_put_them_together(architecture):
     assert entries == sum(p.numel() for p in v.values())
 
 
-def test_kfac_is_the_fisher_where_inputs_are_constant(datas_labels):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kfac_is_the_fisher_where_inputs_are_constant(architecture, datas_labels):
     """One predicted position, and the same first token everywhere: every linear layer reads the same input."""
-    model, sequences = tiny_model("opt"), random_sequences(9, 2)
+    model, sequences = tiny_model(architecture), random_sequences(9, 2)
     sequences[:, 0] = 3
     found = build("kfac", model, sequences, datas_labels)
-    checked = 0
-    for block, fisher in zip(found.blocks, explicit_fishers(model, sequences, found.blocks), strict=True):
-        if block.left is not None:
-            torch.testing.assert_close(dense(block), fisher, rtol=1e-9, atol=1e-15)
-            checked += 1
-    assert checked == 12  # four attention and two feed-forward matrices, with their biases, in two layers
+    blocks = [block for block in found.blocks if block.left is not None]
+    assert len(blocks) == {"opt": 12, "llama": 14, "gpt2": 8}[architecture]
+    for block, fisher in zip(blocks, explicit_fishers(model, sequences, blocks), strict=True):
+        scale = fisher.abs().max().item()
+        torch.testing.assert_close(dense(block), fisher, rtol=0, atol=tolerance(architecture) * scale + 1e-18)
+
+
+def test_drawn_labels_give_the_gauss_newton_matrix():
+    """Many draws of one constant-input sequence: K-FAC comes close to Jᵀ(diag p − p pᵀ)J, explicit."""
+    model = tiny_model("opt")
+    sequences = random_sequences(1, 2).repeat(20_000, 1)
+    [block] = [b for b in kronecker.kfac(model, sequences).blocks if "model.decoder.layers.1.fc2" in b.layers]
+    live = [weights.parameters(model)[name] for name in block.names]
+    z = measures.logits(model, sequences[:1])[0, 0]
+    rows = [torch.autograd.grad(logit, live, retain_graph=True) for logit in z]
+    J = torch.stack([torch.cat([w, b[:, None]], dim=1).flatten() for w, b in rows])
+    p = z.detach().softmax(0)
+    expected = J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+    assert (dense(block) - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["ekfac", "diagonal"])
 def test_eigenvalues_are_second_moments_of_whole_gradients(architecture, name, datas_labels):
     model = tiny_model(architecture)
-    found = build(name, model, SEQUENCES, datas_labels)
-    for block, fisher in zip(found.blocks, explicit_fishers(model, SEQUENCES, found.blocks), strict=True):
-        left, right = block.left, block.right
-        left = torch.eye(block.eigenvalues.shape[0], dtype=torch.float64) if left is None else left
-        right = torch.eye(block.eigenvalues.shape[1], dtype=torch.float64) if right is None else right
-        basis = torch.kron(left, right)
-        torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64))
-        expected = (basis * (fisher @ basis)).sum(0).reshape(block.eigenvalues.shape)
-        scale = expected.max().item()
-        torch.testing.assert_close(block.eigenvalues, expected, rtol=0, atol=tolerance(architecture) * scale)
+    blocks = [b for b in build(name, model, SEQUENCES, datas_labels).blocks if not has_head(model, b)]
+    for block, fisher in zip(blocks, explicit_fishers(model, SEQUENCES, blocks), strict=True):
+        expected = diagonal_of(fisher, block)
+        atol = tolerance(architecture) * expected.max().item()
+        torch.testing.assert_close(block.eigenvalues, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("opt"), biased_head])
+@pytest.mark.parametrize("name", ["ekfac", "diagonal"])
+def test_a_tied_table_has_the_exact_fisher_of_its_head_and_that_of_its_rows(make, name, datas_labels):
+    model, few = make(), SEQUENCES[:2]
+    [block] = [b for b in build(name, model, few, datas_labels).blocks if has_head(model, b)]
+    apart = untie(model)
+    padding = torch.zeros(VOCABULARY, block.eigenvalues.shape[1] - 16, dtype=torch.float64)
+    rows = []
+    for sequence in few:
+        loss = measures.token_losses(apart, sequence[None]).sum()
+        (gradient,) = torch.autograd.grad(loss, apart.model.decoder.embed_tokens.weight)
+        rows.append(torch.cat([gradient, padding], dim=1).flatten())
+    table = torch.stack(rows).T @ torch.stack(rows) / few[:, 1:].numel()
+    expected = diagonal_of(head_fisher(model, few) + table, block)
+    torch.testing.assert_close(block.eigenvalues, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_of_its_own_needs_no_labels():
+    model, few = tiny_model("llama"), SEQUENCES[:2]
+    one, other = (kronecker.ekfac(model, few, seed=seed) for seed in (0, 1))
+    [found], [again] = ([b for b in c.blocks if has_head(model, b)] for c in (one, other))
+    assert torch.equal(found.eigenvalues, again.eigenvalues)
+    expected = diagonal_of(head_fisher(model, few), found)
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_the_eigenvalue_correction_comes_closer_to_the_fisher(datas_labels):
     model = tiny_model("opt")
-    plain, corrected = (build(name, model, SEQUENCES, datas_labels) for name in ("kfac", "ekfac"))
+    plain, corrected = (
+        [b for b in build(name, model, SEQUENCES, datas_labels).blocks if not has_head(model, b)]
+        for name in ("kfac", "ekfac")
+    )
     better = 0
-    fishers = explicit_fishers(model, SEQUENCES, plain.blocks)
-    for fisher, before, after in zip(fishers, plain.blocks, corrected.blocks, strict=True):
+    fishers = explicit_fishers(model, SEQUENCES, plain)
+    for fisher, before, after in zip(fishers, plain, corrected, strict=True):
         errors = [(dense(block) - fisher).norm().item() for block in (before, after)]
         assert errors[1] <= errors[0] * (1 + 1e-9)
         better += errors[1] < 0.99 * errors[0]
@@ -114,48 +190,46 @@ def test_the_eigenvalue_correction_comes_closer_to_the_fisher(datas_labels):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_factors_are_second_moments_of_inputs_and_output_gradients(architecture, datas_labels):
-    """Against hooks of our own on one feed-forward layer, and the product of traces on the tied or free head."""
+    """Against hooks of our own on one feed-forward layer."""
     model = tiny_model(architecture)
-    found = build("kfac", model, SEQUENCES, datas_labels)
-    names = {
+    name = {
         "opt": "model.decoder.layers.1.fc1",
         "llama": "model.layers.1.mlp.up_proj",
         "gpt2": "transformer.h.1.mlp.c_fc",
-    }
-    module, seen = model.get_submodule(names[architecture]), {}
+    }[architecture]
+    datas_labels(SEQUENCES)
+    left, right = kronecker.layer_factors(model, SEQUENCES)[name]
+    module, seen = model.get_submodule(name), {}
     module.register_forward_hook(lambda m, args, out: seen.update(a=args[0].detach()))
     module.register_full_backward_hook(lambda m, into, out: seen.update(d=out[0].detach()))
     measures.token_losses(model, SEQUENCES).sum().backward()
     a, d = (seen[key].reshape(-1, seen[key].shape[-1]) for key in "ad")
     if module.bias is not None:
         a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
-    expected = torch.kron(d.T @ d / len(d), a.T @ a / len(a))
-    [block] = [block for block in found.blocks if block.layers[0].name == names[architecture]]
-    atol = tolerance(architecture) * expected.abs().max().item()
-    torch.testing.assert_close(dense(block), expected, rtol=0, atol=atol)
+    for ours, side in ((left, d), (right, a)):
+        expected = side.T @ side / len(side)
+        atol = tolerance(architecture) * expected.abs().max().item()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
 
 
-def test_a_tied_table_adds_both_its_uses(datas_labels):
+def test_a_tied_table_adds_the_factors_of_both_its_uses(datas_labels):
     model = tiny_model("opt")
-    found = build("kfac", model, SEQUENCES, datas_labels)
-    [block] = [block for block in found.blocks if len(block.layers) == 2]
+    [block] = [b for b in build("kfac", model, SEQUENCES, datas_labels).blocks if has_head(model, b)]
     seen = {}
-    table, head = model.model.decoder.embed_tokens, model.lm_head
-    table.register_forward_hook(lambda m, args, out: out.register_hook(lambda g: seen.update(e=g)) and None)
-    head.register_full_backward_hook(lambda m, into, out: seen.update(d=out[0].detach()))
-    head.register_forward_hook(lambda m, args, out: seen.update(h=args[0].detach()))
+    embedding, head = model.model.decoder.embed_tokens, model.lm_head
+    embedding.register_forward_hook(lambda m, args, out: out.register_hook(lambda g: seen.update(e=g)) and None)
+    head.register_forward_hook(lambda m, args, out: seen.update(h=args[0].detach(), z=out.detach()))
     measures.token_losses(model, SEQUENCES).sum().backward()
-    e, d, h = (seen[key].flatten(0, 1) for key in "edh")
+    e, h, p = seen["e"].flatten(0, 1), seen["h"].flatten(0, 1), seen["z"].flatten(0, 1).softmax(1)
     frequency = torch.bincount(SEQUENCES[:, :-1].flatten(), minlength=VOCABULARY).double() / len(e)
-    A, S, s = h.T @ h / len(h), e.T @ e / len(e), d.square().mean(0)
+    A, S, s = h.T @ h / len(h), e.T @ e / len(e), (p * (1 - p)).mean(0)
     for v in range(VOCABULARY):
         expected = (block.right * ((s[v] * A + frequency[v] * S) @ block.right)).sum(0)
         torch.testing.assert_close(block.eigenvalues[v], expected, rtol=1e-9, atol=1e-12)
     common = s.sum() * A + frequency.sum() * S
     rotated = block.right.T @ common @ block.right
-    torch.testing.assert_close(
-        rotated, torch.diag(rotated.diagonal()), rtol=0, atol=1e-9 * common.abs().max().item()
-    )
+    off = rotated - torch.diag(rotated.diagonal())
+    assert off.abs().max() < 1e-9 * common.abs().max()
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -163,41 +237,42 @@ def test_products_solutions_and_powers_are_those_of_the_dense_blocks(name):
     model, damping = tiny_model("gpt2"), 1e-2
     curvature = BUILDERS[name](model, SEQUENCES)
     v = weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(1))
-    for exponent, ours in (
-        (None, curvature.matvec(v)),
-        (-1.0, curvature.solve(v, damping)),
-        (-0.25, curvature.power(v, -0.25, damping)),
-    ):
-        for block in curvature.blocks:
-            matrix = dense(block)
-            if exponent is not None:
-                values, vectors = torch.linalg.eigh(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
-                matrix = vectors @ torch.diag(values**exponent) @ vectors.T
-            expected = matrix @ block.matrix(v).flatten()
+    found = [curvature.matvec(v), curvature.solve(v, damping), curvature.power(v, -0.25, damping)]
+    for block in curvature.blocks:
+        values, vectors = torch.linalg.eigh(dense(block))
+        row = vectors.T @ block.matrix(v).flatten()
+        for ours, scales in zip(found, (values, 1 / (values + damping), (values + damping) ** -0.25), strict=True):
+            expected = vectors @ (scales * row)
             torch.testing.assert_close(block.matrix(ours).flatten(), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_labels_are_drawn_from_the_model():
-    log_p = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64).log().expand(1, 20_000, 4)
-    uniform = torch.rand(1, 20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = torch.bincount(kronecker._draw(log_p, uniform).flatten(), minlength=4) / 20_000
-    assert (shares - log_p[0, 0].exp()).abs().max().item() < 0.015
-    assert shares[1] == 0
+def test_labels_are_drawn_with_the_given_probabilities():
+    p = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64).expand(1, 20_000, 4)
+    evenly = (torch.arange(20_000, dtype=torch.float64) / 20_000)[None, :, None]
+    counts = torch.bincount(kronecker._draw(p, evenly).flatten(), minlength=4)
+    assert (counts / 20_000 - p[0, 0]).abs().max().item() < 1e-3
+    assert counts[1] == 0
     ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64).view(1, 2, 1)
-    assert kronecker._draw(log_p[:, :2], ends).flatten().tolist() == [3, 0]
+    assert kronecker._draw(p[:, :2], ends).flatten().tolist() == [3, 0]
 
 
-def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size(monkeypatch):
+def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size():
     model, sequences = tiny_model(), random_sequences(40, 5)
-    first, again, other = (kronecker.kfac(model, sequences, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (kronecker.ekfac(model, sequences, seed=seed) for seed in (0, 0, 1))
     for a, b in zip(first.blocks, again.blocks, strict=True):
         assert torch.equal(a.eigenvalues, b.eigenvalues)
     assert not torch.equal(first.blocks[3].eigenvalues, other.blocks[3].eigenvalues)
-    monkeypatch.setattr(kronecker, "CHUNK", 1)  # and a vocabulary in pieces of any size
-    small = kronecker.second_moments(model, sequences, first)
-    monkeypatch.undo()
-    for a, b in zip(small.blocks, kronecker.second_moments(model, sequences, first).blocks, strict=True):
-        torch.testing.assert_close(a.eigenvalues, b.eigenvalues)
+    sums = []
+    for size in (7, 40):
+        found = {}
+
+        def receive(block, layer, left, right, found=found):
+            found[layer.name] = found.get(layer.name, 0) + right.square().sum()
+
+        kronecker._fisher_pass(model, sequences, kronecker.find_blocks(model), 0, receive, batch_size=size)
+        sums.append(found)
+    for name in sums[0]:
+        torch.testing.assert_close(sums[0][name], sums[1][name])
 
 
 def test_frozen_parameters_are_left_out():
@@ -208,6 +283,16 @@ def test_frozen_parameters_are_left_out():
     v = weights.random_vector(live, torch.Generator().manual_seed(0))
     for builder in BUILDERS.values():
         assert builder(model, SEQUENCES).solve(v, 1e-2).keys() == live.keys()
+
+
+def test_bfloat16_models_have_float32_factors(datas_labels):
+    model = tiny_model("opt", dtype=torch.bfloat16)
+    curvature, exact = (build("kfac", m, SEQUENCES, datas_labels) for m in (model, tiny_model("opt")))
+    step = curvature.solve(weights.snapshot(model), 1e-2)
+    assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in step.values())
+    assert all(block.eigenvalues.dtype == torch.float32 for block in curvature.blocks)
+    traces = [sum(block.eigenvalues.sum().item() for block in found.blocks) for found in (curvature, exact)]
+    assert traces[0] == pytest.approx(traces[1], rel=0.1)
 
 
 def test_bad_input_is_refused():
@@ -221,7 +306,33 @@ def test_bad_input_is_refused():
     for damping in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="damping must be positive"):
             curvature.solve(v, damping)
-    with torch.no_grad():
-        model.model.decoder.layers[0].fc1.weight.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="predictions for sequence 0 are not finite"):
+    torch.nn.init.constant_(model.model.decoder.embed_tokens.weight[int(SEQUENCES[2, 1])], torch.nan)
+    bad = int((SEQUENCES[:, :-1] == SEQUENCES[2, 1]).any(dim=1).nonzero()[0])
+    with pytest.raises(FloatingPointError, match="predictions are not finite for sequence 0"):
+        kronecker.kfac(model, SEQUENCES)  # the head shares the damaged row: all predictions are lost
+    apart = untie(tiny_model("opt"))
+    torch.nn.init.constant_(apart.model.decoder.embed_tokens.weight[int(SEQUENCES[2, 1])], torch.nan)
+    with pytest.raises(FloatingPointError, match=f"predictions are not finite for sequence {bad}"):
+        kronecker.kfac(apart, SEQUENCES)
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model = tiny_model("opt")
+    model.model.decoder.layers[0].register_full_backward_hook(
+        lambda m, into, out: (into[0].index_fill(0, torch.tensor(3), torch.inf),)
+    )
+    with pytest.raises(FloatingPointError, match=r"gradients at '.*' are not finite for sequence 3"):
+        kronecker.kfac(model, SEQUENCES)
+
+
+def test_heads_and_biases_without_a_form_are_named(monkeypatch):
+    model = tiny_model("opt")
+    plain = measures.logits
+    monkeypatch.setattr(kronecker, "logits", lambda m, batch: 30 * torch.tanh(plain(m, batch) / 30))
+    with pytest.raises(NotImplementedError, match="'lm_head' is not the logits"):
+        kronecker.kfac(model, SEQUENCES)
+    monkeypatch.undo()
+    layers = model.model.decoder.layers
+    layers[1].fc1.bias = layers[0].fc1.bias
+    with pytest.raises(NotImplementedError, match=r"fc1\.bias' belongs to several matrices"):
         kronecker.kfac(model, SEQUENCES)

@@ -71,8 +71,9 @@ class Case:
 
 
 def prepare(profile: Profile) -> list[Case]:
-    """Split the profile's corpus for each seed and train whatever models are not in the cache yet.
+    """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
 
+    The second retrained model, which few chapters need, is trained when it is asked for.
     The tokenizer is trained once, on the whole corpus, so that all models of a corpus speak one vocabulary.
     """
     corpus = load_corpus(profile.corpus)
@@ -92,7 +93,8 @@ def prepare(profile: Profile) -> list[Case]:
             seed=seed,
         )
         cases.append(Case(profile, seed, tokenizer, splits))
-    train_missing([run for case in cases for run in case.runs().values()])
+    runs = [case.runs() for case in cases]
+    train_missing([found[name] for found in runs for name in ("original", "retrained")])
     return cases
 
 

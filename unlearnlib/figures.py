@@ -40,6 +40,7 @@ METHOD_STYLES = {
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
     "fisher_dual": {"color": BLUE, "marker": ">"},
     "fisher_diagonal": {"color": SKY, "marker": "v"},
+    "fisher_diagonal:true": {"color": SKY, "marker": "x", "linestyle": "--"},
     "kfac": {"color": GREEN, "marker": "^"},
     "ekfac": {"color": PURPLE, "marker": "h"},
 }

@@ -1,9 +1,9 @@
 """Kronecker factors: curvature that is diagonal in a product basis, one matrix of weights at a time.
 
-The gradient of a matrix of weights is a sum of outer products Σ_t l_t r_tᵀ, one a position: output gradient and
-input. Three curvatures follow from how the two sides are treated:
+The gradient of a matrix of weights is a sum of terms l rᵀ, one a position: output gradient and input. Three
+curvatures follow from how the two sides are treated:
 
-    K-FAC     eigenbases of the second moments of l and of r, eigenvalues their products (Martens & Grosse 2015)
+    K-FAC     eigenbases of E[l lᵀ] and of E[r rᵀ], eigenvalues their products (Martens & Grosse 2015)
     EK-FAC    the same bases, eigenvalues the second moments of the gradients in them (George et al. 2018)
     diagonal  no bases, eigenvalues the second moments of the gradients
 
@@ -21,60 +21,55 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from unlearnlib.capture import Layer, capture, find_layers
-from unlearnlib.curvature import check_damping, take
-from unlearnlib.measures import log_probabilities
+from unlearnlib.curvature import check_damping
+from unlearnlib.measures import logits
 from unlearnlib.weights import Vector, parameters
 
-CHUNK = 2**24
-"""Most entries of sequences' own gradients held at once; those of a vocabulary are made in pieces."""
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By layer E[l lᵀ] and E[r rᵀ]: a matrix [size, size], or where that is too much its diagonal [size]."""
 
 
 @dataclass(frozen=True)
 class Block:
     """A matrix of weights [rows, columns] and its curvature, diagonal in a product of two orthonormal bases.
 
-    A linear layer is [out, in], with its bias as one more column; a table or a head [vocabulary, width]; the
-    weights and biases of a norm together are a single row. ``layers`` are those that use the matrix, two if it is
-    tied. ``left`` [rows, rows] and ``right`` [columns, columns] have basis vectors as columns, None is the
-    identity; ``eigenvalues`` are [rows, columns].
+    ``names`` are the parameters that it joins and ``layers`` those that use it, two if it is tied. A linear layer
+    is [out, in] (``form`` "plain", or "transposed" if it is stored the other way), with its bias as one more
+    column; a table or a head is [vocabulary, width]; weights and biases of a norm are a single "row".
+    ``left`` [rows, rows] and ``right`` [columns, columns] have basis vectors as columns, None is the identity.
     """
 
-    layers: tuple[Layer, ...]
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    form: str
     eigenvalues: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
 
     def matrix(self, v: Vector) -> Tensor:
         """The block's part of a vector, as a matrix."""
-        layer, parts = self.layers[0], []
-        if layer.weight:
-            w = v[layer.weight]
-            parts.append(w[None] if w.ndim == 1 else w.T if layer.transposed else w)
-        for bias in self._biases():
-            parts.append(v[bias][None] if layer.kind == "norm" else v[bias][:, None])
-        return torch.cat(parts, dim=1)
+        parts = [v[name] for name in self.names]
+        if self.form == "row":
+            return torch.cat(parts)[None]
+        turned = [part.T if self.form == "transposed" and part.ndim == 2 else part for part in parts]
+        return torch.cat([part[:, None] if part.ndim == 1 else part for part in turned], dim=1)
 
     def vector(self, matrix: Tensor, like: Vector) -> Vector:
         """The inverse of :meth:`matrix`, with the shapes and number formats of ``like``."""
-        layer, found = self.layers[0], {}
-        if layer.weight:
-            w = like[layer.weight]
-            columns = w.numel() if w.ndim == 1 else w.shape[0 if layer.transposed else 1]
-            part, matrix = matrix[:, :columns], matrix[:, columns:]
-            found[layer.weight] = (part.T if layer.transposed else part).reshape(w.shape).to(w.dtype)
-        for bias in self._biases():
-            found[bias] = matrix.reshape(-1).to(like[bias].dtype)
-        return found
+        parts = matrix.split([like[name].numel() // len(matrix) for name in self.names], dim=1)
+        turned = [part.T if self.form == "transposed" else part for part in parts]
+        pairs = zip(self.names, turned, strict=True)
+        return {name: part.reshape(like[name].shape).to(like[name]) for name, part in pairs}
 
     def apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
-        """f(C) v for this block: rotate, multiply by f of the eigenvalues, rotate back."""
-        m = self.matrix(v).to(self.eigenvalues.dtype)
-        m = function(self.eigenvalues) * _rotate(m, self.left, self.right)
-        left, right = (None if basis is None else basis.T for basis in (self.left, self.right))
-        return self.vector(_rotate(m, left, right), v)
-
-    def _biases(self) -> list[str]:
-        return [layer.bias for layer in self.layers if layer.bias]
+        """f(C) v for this block: rotate into the bases, multiply by f of the eigenvalues, rotate back."""
+        x = self.matrix(v).to(self.eigenvalues)
+        x = x if self.left is None else self.left.T @ x
+        x = x if self.right is None else x @ self.right
+        x = function(self.eigenvalues) * x
+        x = x if self.left is None else self.left @ x
+        x = x if self.right is None else x @ self.right.T
+        return self.vector(x, v)
 
 
 @dataclass(frozen=True)
@@ -106,40 +101,11 @@ class Kronecker:
 def kfac(model: PreTrainedModel, sequences: Tensor, number: int | None = None, seed: int = 0) -> Kronecker:
     """K-FAC from the first ``number`` sequences [n, tokens], or all; ``seed`` draws the labels. One pass.
 
-    Memory does not grow with the number of sequences. Where a side has no full factor, its diagonal stands in:
-    token frequencies for an embedding, the output side of a head (a vocabulary squared would be too much), both
-    sides of a norm. A tied head and embedding adds the factors of both uses, in a common basis.
-
-    Raises ValueError if there are fewer than ``number`` sequences, FloatingPointError naming a sequence whose
-    predictions are not finite, NotImplementedError naming a layer that is of no known kind.
+    Memory does not grow with the number of sequences. Raises ValueError if there are fewer than ``number``
+    sequences, FloatingPointError naming a sequence that makes something not finite, NotImplementedError naming a
+    layer of no known kind, or a head whose output is not the logits.
     """
-    blocks, head = _blocks(model), model.get_output_embeddings()
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def receive(index: int, layer: Layer, left: Tensor, right: Tensor) -> None:
-        if layer.kind == "embedding":  # the left side is one-hot, given by its row numbers
-            l = torch.bincount(left.flatten(), minlength=len(blocks[index].eigenvalues)).to(right.dtype)
-        else:
-            l = _second_moment(left, full=layer.kind == "linear" and layer.module is not head)
-        r = _second_moment(right, full=layer.kind != "norm")
-        before = sums.get(layer.name, (0, 0))
-        sums[layer.name] = before[0] + l, before[1] + r
-
-    tokens = _sampled_pass(model, blocks, take(sequences, number), seed, receive)
-    found = []
-    for block in blocks:
-        # Means over tokens; the gradient of a norm comes as one row a sequence, whose left side is 1.
-        uses = [(sums[layer.name][0] / tokens, sums[layer.name][1] / tokens) for layer in block.layers]
-        if block.layers[0].kind == "norm":
-            uses = [(torch.ones_like(l), r) for l, r in uses]
-        left = right = None
-        if all(l.ndim == 2 for l, _ in uses):
-            left = _eigenbasis(sum(l * _trace(r) for l, r in uses))
-        if all(r.ndim == 2 for _, r in uses):
-            right = _eigenbasis(sum(r * _trace(l) for l, r in uses))
-        eigenvalues = sum(torch.outer(_diagonal_in(left, l), _diagonal_in(right, r)) for l, r in uses)
-        found.append(replace(block, eigenvalues=eigenvalues, left=left, right=right))
-    return Kronecker(found)
+    return from_factors(model, layer_factors(model, sequences, number, seed))
 
 
 def ekfac(model: PreTrainedModel, sequences: Tensor, number: int | None = None, seed: int = 0) -> Kronecker:
@@ -149,7 +115,70 @@ def ekfac(model: PreTrainedModel, sequences: Tensor, number: int | None = None, 
 
 def diagonal(model: PreTrainedModel, sequences: Tensor, number: int | None = None, seed: int = 0) -> Kronecker:
     """The diagonal of the Fisher, as the same thing without bases. Raises as :func:`kfac`."""
-    return second_moments(model, sequences, Kronecker(_blocks(model)), number, seed)
+    return second_moments(model, sequences, Kronecker(find_blocks(model)), number, seed)
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """One block a matrix of trainable weights, without bases and with eigenvalues 0.
+
+    Raises NotImplementedError naming a layer of no known kind, or a bias shared by layers that share no weight.
+    """
+    users: dict[str, list[Layer]] = {}
+    for layer in find_layers(model):
+        users.setdefault(layer.weight or layer.bias, []).append(layer)
+    live = {name: p.detach() for name, p in parameters(model).items()}
+    blocks = []
+    for layers in users.values():
+        names = [layers[0].weight, *(layer.bias for layer in layers)]
+        form = "row" if layers[0].kind == "norm" else "transposed" if layers[0].transposed else "plain"
+        block = Block(tuple(filter(None, names)), tuple(layer.name for layer in layers), form, torch.empty(0))
+        weights = block.matrix(live)
+        precise = torch.promote_types(weights.dtype, torch.float32)
+        blocks.append(replace(block, eigenvalues=torch.zeros_like(weights, dtype=precise)))
+    found = [name for block in blocks for name in block.names]
+    if len(found) > len(live):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise NotImplementedError(f"{twice!r} belongs to several matrices: freeze it with requires_grad_(False)")
+    return blocks
+
+
+def layer_factors(model: PreTrainedModel, sequences: Tensor, number: int | None = None, seed: int = 0) -> Factors:
+    """The Kronecker factors of every layer. Raises as :func:`kfac`."""
+    head, sums = model.get_output_embeddings(), {}
+
+    def receive(block: Block, layer: Layer, left: Tensor, right: Tensor) -> None:
+        if layer.module is head:
+            l = left.sum(dim=(0, 1))
+        elif layer.kind == "embedding":
+            l = torch.bincount(left.flatten(), minlength=len(block.eigenvalues)).to(right)
+        else:
+            l = _moment(left, full=layer.kind == "linear")
+        new = (l, _moment(right, full=layer.kind != "norm"))
+        sums[layer.name] = [a + b for a, b in zip(sums.get(layer.name, (0, 0)), new, strict=True)]
+
+    chosen = _first(sequences, number)
+    blocks = find_blocks(model)
+    _fisher_pass(model, chosen, blocks, seed, receive)
+    tokens = chosen[:, 1:].numel()
+    rows = {name for block in blocks if block.form == "row" for name in block.layers}
+    # Means over tokens; but of a norm there is one term a sequence, and its left side is 1.
+    return {name: (l / (len(chosen) if name in rows else tokens), r / tokens) for name, (l, r) in sums.items()}
+
+
+def from_factors(model: PreTrainedModel, factors: Factors) -> Kronecker:
+    """K-FAC's bases and eigenvalues, from decompositions of all factors in float64.
+
+    A tied matrix has Σ L ⊗ R over its uses. The basis of either side is that of the sum of its factors, each
+    weighted by the trace of its partner, and the eigenvalues are the diagonal of Σ L ⊗ R in the two bases.
+    """
+    blocks = []
+    for block in find_blocks(model):
+        uses = [factors[name] for name in block.layers]
+        left = _eigenbasis([l for l, _ in uses], [_trace(r) for _, r in uses])
+        right = _eigenbasis([r for _, r in uses], [_trace(l) for l, _ in uses])
+        eigenvalues = sum(torch.outer(_diagonal_in(left, l), _diagonal_in(right, r)) for l, r in uses)
+        blocks.append(replace(block, eigenvalues=eigenvalues, left=left, right=right))
+    return Kronecker(blocks)
 
 
 def second_moments(
@@ -157,141 +186,136 @@ def second_moments(
 ) -> Kronecker:
     """The curvature that is diagonal in the bases of ``basis`` and closest to the Fisher in Frobenius norm.
 
-    Its eigenvalues are the second moments of whole sequences' gradients in the basis (George et al. 2018, theorem
-    2), so they count what positions of a sequence have in common. Raises as :func:`kfac`.
+    Its eigenvalues are the second moments of whole sequences' gradients in the bases (George et al. 2018), so they
+    count what positions of a sequence have in common. For a tied matrix, cross terms between its uses are left
+    out. Raises as :func:`kfac`.
     """
-    blocks = [
-        replace(block, left=old.left, right=old.right)
-        for block, old in zip(_blocks(model), basis.blocks, strict=True)
-    ]
-    waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
+    head = model.get_output_embeddings()
+    sums = {block.names: torch.zeros_like(block.eigenvalues) for block in basis.blocks}
 
-    def receive(index: int, layer: Layer, left: Tensor, right: Tensor) -> None:
-        block = blocks[index]
-        left = left if block.left is None else left @ block.left
-        waiting[index].append((left, right if block.right is None else right @ block.right))
-        if len(waiting[index]) == len(block.layers):  # both uses of a tied matrix make one gradient
-            _add_squares(block.eigenvalues, waiting[index])
-            waiting[index].clear()
+    def receive(block: Block, layer: Layer, left: Tensor, right: Tensor) -> None:
+        total = sums[block.names]
+        right = right if block.right is None else right @ block.right
+        if layer.module is head:
+            total += left.flatten(0, 1).T @ right.flatten(0, 1).square()
+        elif layer.kind == "embedding":  # add up what a sequence says of the same row, and square only then
+            sequence = torch.arange(len(left), device=left.device)[:, None]
+            cells, cell = torch.unique(sequence * len(total) + left, return_inverse=True)
+            gradients = right.new_zeros(len(cells), right.shape[2])
+            gradients.index_add_(0, cell.flatten(), right.flatten(0, 1))
+            total.index_add_(0, cells % len(total), gradients.square())
+        else:
+            left = left if block.left is None else left @ block.left
+            for l, r in zip(left, right, strict=True):
+                gradient = l.T @ r
+                total.addcmul_(gradient, gradient)
 
-    tokens = _sampled_pass(model, blocks, take(sequences, number), seed, receive)
-    return Kronecker([replace(block, eigenvalues=block.eigenvalues / tokens) for block in blocks])
-
-
-def _blocks(model: PreTrainedModel) -> list[Block]:
-    """One block a matrix of trainable weights, with eigenvalues zero."""
-    uses: dict[str, list[Layer]] = {}
-    for layer in find_layers(model):
-        uses.setdefault(layer.weight or layer.bias, []).append(layer)
-    live = {name: p.detach() for name, p in parameters(model).items()}
-    found = []
-    for layers in uses.values():
-        empty = Block(tuple(layers), torch.empty(0))
-        shape = empty.matrix(live)
-        dtype = torch.promote_types(shape.dtype, torch.float32)
-        found.append(replace(empty, eigenvalues=torch.zeros_like(shape, dtype=dtype)))
-    return found
+    chosen = _first(sequences, number)
+    _fisher_pass(model, chosen, basis.blocks, seed, receive)
+    tokens = chosen[:, 1:].numel()
+    return Kronecker([replace(block, eigenvalues=sums[block.names] / tokens) for block in basis.blocks])
 
 
-def _sampled_pass(
+def _first(sequences: Tensor, number: int | None) -> Tensor:
+    number = len(sequences) if number is None else number
+    if not 1 <= number <= len(sequences):
+        raise ValueError(
+            f"cannot take m = {number} of {len(sequences)} sequences: choose m from 1 to {len(sequences)}"
+        )
+    return sequences[:number]
+
+
+def _fisher_pass(
     model: PreTrainedModel,
-    blocks: list[Block],
     sequences: Tensor,
+    blocks: list[Block],
     seed: int,
-    receive: Callable[[int, Layer, Tensor, Tensor], None],
+    receive: Callable[[Block, Layer, Tensor, Tensor], None],
     batch_size: int = 32,
-) -> int:
-    """One pass over the sequences with labels drawn from the model; returns the number of predicted tokens.
+) -> None:
+    """Forward and backward over the sequences with labels drawn from the model.
 
-    ``receive`` gets the block's index, the layer, and the two sides of its gradient, [n, tokens, rows] and
-    [n, tokens, columns]; the left side of an embedding is row numbers, int64 [n, tokens].
+    ``receive`` gets both sides of each layer's terms, [n, terms, rows] and [n, terms, columns]. The left side of
+    an embedding is one-hot, and given by its row numbers, int64 [n, terms]. That of a head is p − e_y, and of it
+    the *expected squares* over the labels y are given, p (1 − p): what is known needs no sampling. It matters for
+    rare words, which are hardly ever drawn, and would seem to have no curvature at all.
     """
-    index = {layer.name: i for i, block in enumerate(blocks) for layer in block.layers}
+    head = model.get_output_embeddings()
+    block_of = {name: block for block in blocks for name in block.layers}
+    layers = [layer for layer in find_layers(model) if layer.name in block_of]
 
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-        i = index[layer.name]
-        receive(i, layer, *_sides(layer, inputs, gradient, blocks[i].eigenvalues.shape[1]))
+        _check_finite(gradient, start, f"the gradients at {layer.name!r}")
+        block = block_of[layer.name]
+        left, right = _sides(block, layer, inputs, gradient.to(block.eigenvalues))
+        if layer.module is head:
+            if not torch.equal(gradient[0], delta[0]):
+                raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
+            left = torch.addcmul(p, p, p, value=-1).to(right)
+        receive(block, layer, left, right)
 
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(sequences), sequences.shape[1] - 1, 1, dtype=torch.float64, generator=generator)
-    with capture(model, [layer for block in blocks for layer in block.layers], hand_on):
+    uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
+    with capture(model, layers, hand_on):
         for start in range(0, len(sequences), batch_size):
-            log_p = log_probabilities(model, sequences[start : start + batch_size])
-            broken = (~torch.isfinite(log_p.detach()).all(dim=(1, 2))).nonzero()
-            if len(broken):
-                raise FloatingPointError(
-                    f"the predictions for sequence {start + int(broken[0])} are not finite: are the weights "
-                    "damaged?"
-                )
-            labels = _draw(log_p.detach(), uniform[start : start + batch_size])
-            (-log_p.gather(2, labels).sum()).backward()
-    return uniform.numel()
+            z = logits(model, sequences[start : start + batch_size])
+            _check_finite(z, start, "the predictions")
+            p = z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))
+            labels = _draw(p, uniform[start : start + batch_size, :, None].to(p))
+            delta = p.scatter_add(2, labels, -torch.ones_like(labels).to(p)).to(z)
+            z.backward(delta)
 
 
-def _draw(log_p: Tensor, uniform: Tensor) -> Tensor:
-    """Labels [n, tokens, 1] with log-probabilities ``log_p`` [n, tokens, vocabulary], from uniform numbers."""
-    cumulative = log_p.double().exp().cumsum(2)
-    return torch.searchsorted(cumulative, (1 - uniform.to(cumulative.device)) * cumulative[..., -1:])
+def _draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """Labels [n, tokens, 1] with the probabilities ``p`` [n, tokens, vocabulary], from numbers in [0, 1)."""
+    cumulative = p.cumsum(dim=2)
+    return torch.searchsorted(cumulative, (1 - uniform) * cumulative[..., -1:])
 
 
-def _sides(layer: Layer, inputs: Tensor, gradient: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Left and right side of each position's part of the gradient of the layer's block, which has ``columns``."""
-    if layer.kind == "norm":  # one row of weights and biases: the sequence's whole gradient, at one position
-        parts = [(gradient * inputs).sum(1, keepdim=True)] if layer.weight else []
-        parts += [gradient.sum(1, keepdim=True)] if layer.bias else []
-        right = torch.cat(parts, dim=2)
-        return torch.ones_like(right[..., :1]), right
+def _check_finite(x: Tensor, start: int, what: str) -> None:
+    broken = ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
+    if broken.any():
+        sequence = start + int(broken.nonzero()[0])
+        raise FloatingPointError(f"{what} are not finite for sequence {sequence}: are the weights damaged?")
+
+
+def _sides(block: Block, layer: Layer, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of the terms of a layer's gradient; of a norm the one term is the whole sequence's gradient."""
     if layer.kind == "embedding":
-        if layer.module.padding_idx is not None:
-            gradient = gradient * (inputs != layer.module.padding_idx)[..., None]
-        return inputs, F.pad(gradient, (0, columns - gradient.shape[2]))
-    parts = [inputs] if layer.weight else []
-    parts += [torch.ones_like(inputs[..., :1])] if layer.bias else []
-    right = torch.cat(parts, dim=2)
-    return gradient, F.pad(right, (0, columns - right.shape[2]))
+        padding = layer.module.padding_idx
+        left, right = inputs, gradient if padding is None else gradient * (inputs != padding)[..., None]
+    elif layer.kind == "norm":
+        parts = [gradient * inputs.to(gradient)] if layer.weight else []
+        parts += [gradient] if layer.bias else []
+        right = torch.cat(parts, dim=2).sum(dim=1, keepdim=True)
+        left = torch.ones_like(right[..., :1])
+    else:
+        left, right = gradient, inputs.to(gradient) if layer.weight else inputs[..., :0].to(gradient)
+        right = F.pad(right, (0, 1), value=1.0) if layer.bias else right
+    missing = block.eigenvalues.shape[1] - right.shape[2]  # a tied table has no bias where its head has one
+    return left, F.pad(right, (0, missing)) if missing else right
 
 
-def _second_moment(side: Tensor, full: bool) -> Tensor:
+def _moment(side: Tensor, full: bool) -> Tensor:
     side = side.flatten(0, 1)
-    return side.T @ side if full else side.square().sum(0)
+    return side.T @ side if full else side.square().sum(dim=0)
 
 
-def _add_squares(total: Tensor, uses: list[tuple[Tensor, Tensor]]) -> None:
-    """Add the squares of every sequence's own gradient, summed over its positions and uses, to ``total``."""
-    n, columns = len(uses[0][1]), total.shape[1]
-    rows = max(1, CHUNK // (n * columns))
-    for start in range(0, len(total), rows):
-        part = total[start : start + rows]
-        gradient = torch.zeros(n, *part.shape, dtype=total.dtype, device=total.device)
-        for left, right in uses:
-            if left.is_floating_point():
-                gradient += left[..., start : start + rows].mT @ right
-            else:
-                sequence, position = ((left >= start) & (left < start + rows)).nonzero(as_tuple=True)
-                where = (sequence, left[sequence, position] - start)
-                gradient.index_put_(where, right[sequence, position].to(total.dtype), accumulate=True)
-        part += gradient.square().sum(0)
-
-
-def _rotate(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    matrix = matrix if left is None else left.T @ matrix
-    return matrix if right is None else matrix @ right
-
-
-def _eigenbasis(matrix: Tensor) -> Tensor:
-    """Eigenvectors as columns, computed in float64: small eigenvalues drown in rounding otherwise."""
-    return torch.linalg.eigh(matrix.double())[1].to(matrix.dtype).contiguous()
+def _eigenbasis(moments: list[Tensor], weights: list[Tensor]) -> Tensor | None:
+    if any(moment.ndim == 1 for moment in moments):
+        return None
+    total = sum(weight * moment for moment, weight in zip(moments, weights, strict=True))
+    return torch.linalg.eigh(total.double())[1].to(total).contiguous()
 
 
 def _diagonal_in(basis: Tensor | None, moment: Tensor) -> Tensor:
-    """The diagonal of a second moment, full [k, k] or itself a diagonal [k], in a basis."""
+    """The diagonal of a moment in a basis."""
     if moment.ndim == 1:
         return moment
     if basis is None:
         return moment.diagonal()
-    values = (basis.double() * (moment.double() @ basis.double())).sum(0)
-    return values.clamp_min(0).to(moment.dtype)
+    values = (basis.double() * (moment.double() @ basis.double())).sum(dim=0)
+    return values.clamp(min=0).to(moment)
 
 
 def _trace(moment: Tensor) -> Tensor:

@@ -144,7 +144,10 @@ def routes(
     own_gradients = 2 * m * t * (shape.linear + shape.head)
     own_gram = float32(own_gradients + m * (m + 64) * d, 2 * m * d * 4)  # half of GGᵀ, in strips of 64
     decomposition = Stage("eigen", 9 * m**3)
-    factors_bytes = max(squares * 4 + kept(12, 5), 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
+    pass_bytes = (
+        kept(14, 6) if m == batch else kept(14, 8) + squares * 4
+    )  # the last batch's logits are still there
+    factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
     combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
 
     return {
@@ -172,7 +175,7 @@ def routes(
         "kfac": Route(factors, factors_bytes),
         "ekfac": Route(
             [*factors, passes(2), float32(covariances + own_gradients, 2 * m * d * 4)],
-            factors_bytes + d * 4 + 8 * min(batch * shape.head, 2**24),
+            max(factors_bytes, pass_bytes + (squares + d) * 4) + d * 4,
         ),
         "kfac:request": Route(
             [passes(3, forget, one), float32(rotations, (2 * squares + 4 * d) * 4)],

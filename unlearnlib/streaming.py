@@ -3,7 +3,7 @@
 Of G [m, d], row i the gradient of sequence i's mean token loss, :class:`unlearnlib.fisher.FisherDual` needs only
 GGᵀ [m, m], Gv [m] and Gᵀw [d]. The first two are sums over the columns of G and can be added up a few columns at
 a time, formed during one backward pass over all m sequences and dropped at once. Gᵀw is the gradient of Σ wᵢ ℓᵢ,
-which takes an ordinary pass. Nothing is approximated.
+which takes an ordinary pass. Nothing is approximated, beyond rounding.
 """
 
 import contextlib
@@ -190,11 +190,13 @@ class _Build:
         else:  # an entry that no sequence reads has no gradient
             entries, inputs = inputs.unique(return_inverse=True)
         for rows in self._slices(len(entries), m * (tokens + width)):
-            part = self._space(m * tokens * (rows.stop - rows.start), m, rows.stop - rows.start, width).zero_()
+            part = self._space(m * tokens * (rows.stop - rows.start), m, rows.stop - rows.start, width)
             if head:
                 residuals = self._residuals(slice(0, m), rows)
                 torch.bmm(residuals.mT, self.hidden, out=part)
                 self._add(residuals.sum(dim=1), self.head_layer.bias, rows)
+            else:
+                part.zero_()
             if inputs is not None:
                 sequence, position = ((inputs >= rows.start) & (inputs < rows.stop)).nonzero(as_tuple=True)
                 place = (sequence, inputs[sequence, position] - rows.start)
@@ -219,10 +221,12 @@ class _Build:
         if self.head.bias is not None:
             z += self.head.bias[rows]
         if new:
-            self.normalisers[sequences] = z.logsumexp(dim=2, keepdim=True)
-        z.sub_(self.normalisers[sequences]).exp_()
-        z[labels[..., None] == torch.arange(rows.start, rows.stop, device=z.device)] -= 1
-        return z.div_(labels.shape[1])
+            self.normalisers[sequences] = z.logsumexp(dim=2, keepdim=True) + math.log(labels.shape[1])
+        # Below ε² a probability counts for nothing, and products that underflow would be slow.
+        z = torch.threshold_(z.sub_(self.normalisers[sequences]).exp_(), torch.finfo(z.dtype).eps ** 2, 0)
+        sequence, position = ((labels >= rows.start) & (labels < rows.stop)).nonzero(as_tuple=True)
+        z[sequence, position, labels[sequence, position] - rows.start] -= 1 / labels.shape[1]
+        return z
 
     def _add(
         self, part: Tensor, name: str | None, rows: slice | Tensor = slice(None), transposed: bool = False
