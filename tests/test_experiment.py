@@ -170,3 +170,16 @@ def test_the_same_experiment_twice_from_nothing_gives_the_same_bytes(tmp_path, p
         written.append((tmp_path / name / "twice.csv").read_bytes())
     assert written[0] == written[1]
     assert written[0].count(b"\n") > 20
+
+
+def test_the_second_corpus_has_enough_text_at_every_profile():
+    for name in ("quick", "cpu"):
+        settings = profiles.on_second_corpus(profiles.get_profile(name), 3)
+        assert (settings.corpus, settings.seeds) == ("socialiqa", (0, 1, 2))
+        corpus = experiment.load_corpus(settings.corpus)
+        tokenizer = experiment.train_tokenizer(corpus["text"], settings.vocabulary)
+        sizes = {split: getattr(settings, split) for split in ("forget", "retain", "holdout")}
+        for seed in settings.seeds:
+            splits = experiment.make_splits(corpus, tokenizer, length=settings.length, seed=seed, **sizes)
+            assert {split: len(getattr(splits, split)) for split in sizes} == sizes
+    assert profiles.on_second_corpus(settings, 1).corpus == "reuters"

@@ -87,3 +87,17 @@ def get_profile(name: str, corpus: str | None = None, seeds: int | None = None) 
             raise ValueError(f"need at least one seed, not {seeds}")
         profile = dataclasses.replace(profile, seeds=tuple(range(seeds)))
     return profile
+
+
+def on_second_corpus(settings: Profile, seeds: int) -> Profile:
+    """The same experiment on another corpus: socialiqa, or reuters where socialiqa is the first.
+
+    Socialiqa is small, so that no more than 960 sequences are retained and 256 held out.
+    """
+    return dataclasses.replace(
+        settings,
+        corpus="reuters" if settings.corpus == "socialiqa" else "socialiqa",
+        retain=min(settings.retain, 960),
+        holdout=min(settings.holdout, 256),
+        seeds=tuple(range(seeds)),
+    )
