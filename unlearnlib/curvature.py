@@ -3,6 +3,8 @@
 import math
 from typing import Protocol
 
+from torch import Tensor
+
 from unlearnlib.weights import Vector
 
 
@@ -30,3 +32,16 @@ def check_damping(damping: float) -> None:
             f"the damping must be positive and finite, not {damping}: without it the inverse is unbounded along "
             "directions in which the curvature vanishes"
         )
+
+
+def take(sequences: Tensor, number: int | None) -> Tensor:
+    """The first ``number`` sequences [n, tokens], on which a curvature is to be estimated, or all.
+
+    Raises ValueError if there are not so many, or none.
+    """
+    number = len(sequences) if number is None else number
+    if not 1 <= number <= len(sequences):
+        raise ValueError(
+            f"cannot take m = {number} of {len(sequences)} sequences: choose m from 1 to {len(sequences)}"
+        )
+    return sequences[:number]

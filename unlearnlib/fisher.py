@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature import check_damping
+from unlearnlib.curvature import check_damping, take
 from unlearnlib.measures import log_probabilities, sequence_losses
 from unlearnlib.weights import Vector, flatten, parameters, unflatten
 
@@ -29,7 +29,7 @@ def sequence_gradients(
     Raises ValueError if there are fewer than ``number`` sequences, FloatingPointError naming the sequence whose
     gradient is not finite.
     """
-    chosen = _first(sequences, number)
+    chosen = take(sequences, number)
     live = parameters(model).values()
     rows = next(iter(live)).new_empty(len(chosen), sum(p.numel() for p in live))
     for row, gradient in zip(rows, _gradients(model, chosen, loss), strict=True):
@@ -190,7 +190,7 @@ class FisherDiagonal:
         number: int | None = None,
         loss: SequenceLoss = sequence_losses,
     ) -> None:
-        chosen = _first(sequences, number)
+        chosen = take(sequences, number)
         self.diagonal = {name: torch.zeros_like(p) for name, p in parameters(model).items()}
         for gradient in _gradients(model, chosen, loss):
             for name, g in gradient.items():
@@ -208,16 +208,6 @@ class FisherDiagonal:
         """(diag(F) + λI)^p v."""
         check_damping(damping)
         return {name: (self.diagonal[name] + damping).pow(exponent) * x for name, x in v.items()}
-
-
-def _first(sequences: Tensor, number: int | None) -> Tensor:
-    """The first ``number`` sequences, or all."""
-    number = len(sequences) if number is None else number
-    if not 1 <= number <= len(sequences):
-        raise ValueError(
-            f"cannot take m = {number} of {len(sequences)} sequences: choose m from 1 to {len(sequences)}"
-        )
-    return sequences[:number]
 
 
 def _gradients(model: PreTrainedModel, sequences: Tensor, loss: SequenceLoss) -> Iterator[Vector]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from unlearnlib.capture import Layer, capture, find_layers
-from unlearnlib.curvature import check_damping
+from unlearnlib.curvature import check_damping, take
 from unlearnlib.measures import logits
 from unlearnlib.weights import Vector, parameters
 
@@ -156,7 +156,7 @@ def layer_factors(model: PreTrainedModel, sequences: Tensor, number: int | None 
         new = (l, _moment(right, full=layer.kind != "norm"))
         sums[layer.name] = [a + b for a, b in zip(sums.get(layer.name, (0, 0)), new, strict=True)]
 
-    chosen = _first(sequences, number)
+    chosen = take(sequences, number)
     blocks = find_blocks(model)
     _fisher_pass(model, chosen, blocks, seed, receive)
     tokens = chosen[:, 1:].numel()
@@ -210,19 +210,10 @@ def second_moments(
                 gradient = l.T @ r
                 total.addcmul_(gradient, gradient)
 
-    chosen = _first(sequences, number)
+    chosen = take(sequences, number)
     _fisher_pass(model, chosen, basis.blocks, seed, receive)
     tokens = chosen[:, 1:].numel()
     return Kronecker([replace(block, eigenvalues=sums[block.names] / tokens) for block in basis.blocks])
-
-
-def _first(sequences: Tensor, number: int | None) -> Tensor:
-    number = len(sequences) if number is None else number
-    if not 1 <= number <= len(sequences):
-        raise ValueError(
-            f"cannot take m = {number} of {len(sequences)} sequences: choose m from 1 to {len(sequences)}"
-        )
-    return sequences[:number]
 
 
 def _fisher_pass(
