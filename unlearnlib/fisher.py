@@ -159,12 +159,19 @@ class FisherDual:
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(F + λI)^p v."""
         check_damping(damping)
-        row, f = flatten(v), self.eigenvalues
-        # (f + λ)^p − λ^p without loss of digits where f is small beside λ, and its limit for f → 0.
-        gain = torch.where(f > 0, torch.expm1(exponent * torch.log1p(f / damping)) / f, exponent / damping)
-        mixture = self.vectors @ (gain * (self.vectors.mT @ (self.gradients @ row).to(f.dtype)))
+        row, gain = flatten(v), power_gain(self.eigenvalues, exponent, damping)
+        mixture = self.vectors @ (gain * (self.vectors.mT @ (self.gradients @ row).to(gain.dtype)))
         change = mixture.to(row.dtype) @ self.gradients / len(self.gradients)
         return unflatten(damping**exponent * (row + change), v)
+
+
+def power_gain(eigenvalues: Tensor, exponent: float, damping: float) -> Tensor:
+    """((f + λ)^p / λ^p − 1) / f for each eigenvalue f, and its limit p/λ for f → 0.
+
+    Without loss of digits where f is small beside λ.
+    """
+    f = eigenvalues
+    return torch.where(f > 0, torch.expm1(exponent * torch.log1p(f / damping)) / f, exponent / damping)
 
 
 def _gram(gradients: Tensor, columns: int = 4096, rows: int = 128) -> Tensor:

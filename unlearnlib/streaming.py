@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unlearnlib.capture import Layer, capture, find_layers, sequence_gradients
 from unlearnlib.curvature import check_damping
+from unlearnlib.fisher import power_gain
 from unlearnlib.measures import check_length, sequence_losses
 from unlearnlib.weights import Vector, mean_gradient
 
@@ -67,8 +68,7 @@ class StreamingFisher:
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(F + λI)^p v, by the formula of ``FisherDual``."""
         check_damping(damping)
-        f = self.eigenvalues
-        gain = torch.where(f > 0, torch.expm1(exponent * torch.log1p(f / damping)) / f, exponent / damping)
+        gain = power_gain(self.eigenvalues, exponent, damping)
         change = self._combination(self.vectors @ (gain * (self.vectors.mT @ self._products(v))))
         return {name: damping**exponent * (x + change[name]) for name, x in v.items()}
 
