@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import random_sequences, tiny_model
+from helpers import ARCHITECTURES, random_sequences, tiny_model
 
 from unlearnlib import gradient_ascent, measures, models, weights
 
@@ -33,6 +33,13 @@ def test_unknown_models_are_clear_errors(tmp_path):
         models.load_model("nobody/nothing")
     with pytest.raises(ValueError, match="no-such-architecture"):
         models.load_model({"model_type": "no-such-architecture"})
+
+
+def test_a_token_that_pads_is_trained_like_any_other():
+    model = models.load_model(ARCHITECTURES["llama"] | {"pad_token_id": 7})
+    sequences = torch.full((1, 5), 7)
+    measures.sequence_losses(model, sequences).sum().backward()
+    assert model.get_input_embeddings().weight.grad[7].abs().max() > 0
 
 
 def test_losses_and_gradients_stay_on_the_models_device():

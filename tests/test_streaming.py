@@ -110,12 +110,6 @@ def test_probabilities_that_are_left_out_are_too_small_to_matter():
     check(model)
 
 
-def test_the_padding_row_of_the_embedding_gets_no_gradient():
-    model, sequences = tiny_model("opt"), random_sequences(M)
-    model.model.decoder.embed_tokens.padding_idx = int(sequences[0, 3])
-    check(model, sequences)
-
-
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor had that was made within the block."""
 

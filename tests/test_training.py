@@ -67,6 +67,26 @@ def test_one_step_against_a_hand_written_adamw():
         torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
+def trained(**settings):
+    model = tiny_model(dtype=torch.float32)
+    steps = Training(epochs=20, learning_rate=1e-2, **settings)
+    return model, torch.tensor(training.train(model, random_sequences(8), steps, seed=0))
+
+
+def test_bfloat16_follows_float32():
+    (_, exact), (model, rounded) = trained(), trained(bfloat16=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(rounded, exact)
+    assert exact[0] - exact[-1] > 0.5  # there is something to follow
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
+def test_checkpointing_changes_memory_and_not_the_model():
+    (plain, _), (model, _) = trained(), trained(checkpointing=True)
+    assert same_weights(plain, model)
+    assert not model.is_activation_checkpointing
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     sequences, checkpoint = random_sequences(10), tmp_path / "c.safetensors"
     whole, broken = tiny_model(), tiny_model()

@@ -48,7 +48,7 @@ the rows read, int64 [n, tokens].
 def find_layers(model: PreTrainedModel) -> list[Layer]:
     """All layers with trainable parameters, in the model's order; a tied weight is in two of them.
 
-    Raises NotImplementedError naming the first layer that is of no kind we know.
+    Raises NotImplementedError naming the first layer that is of no kind we know, or that has a padding row.
     """
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     layers = []
@@ -60,6 +60,11 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
             kind = "linear"
         elif isinstance(module, nn.Embedding):
             kind = "embedding"
+            if module.padding_idx is not None:
+                raise NotImplementedError(
+                    f"row {module.padding_idx} of {name!r} is for padding and gets no gradient: load the model "
+                    "with unlearnlib.models.load_model, or set padding_idx of that layer to None"
+                )
         elif "norm" in type(module).__name__.lower():
             kind = "norm"
         else:
@@ -141,15 +146,15 @@ def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
             # A table whose entries are its row numbers tells which rows were read, however the layer counts.
             numbers = torch.arange(len(weight), dtype=torch.float64, device=out.device)[:, None]
             inputs = functional_call(module, {"weight": numbers}, args, kwargs)[..., 0].long()
-            again = weight[inputs.clamp(0, len(weight) - 1)]
+            again = weight[inputs[:1].clamp(0, len(weight) - 1)]
         else:
             others = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
             offset = functional_call(module, others, args, kwargs)
             inputs = functional_call(module, others | {"weight": torch.ones_like(weight)}, args, kwargs) - offset
-            again = inputs * weight
+            again = inputs[:1] * weight
             if getattr(module, "bias", None) is not None:
                 again = again + module.bias
-    tolerance = 100 * torch.finfo(out.dtype).eps
+    out, tolerance = out[:1], 100 * torch.finfo(out.dtype).eps  # the first sequence speaks for all, and is quicker
     # What is not finite cannot be compared: whoever uses the gradients finds it, and can name the sequence.
     if out.isfinite().all() and not torch.allclose(
         again, out, rtol=tolerance, atol=tolerance * out.abs().max().item()
@@ -173,17 +178,11 @@ def sequence_gradients(layer: Layer, inputs: Tensor, gradient: Tensor) -> Vector
         else:
             table = gradient.new_zeros(len(gradient), *layer.module.weight.shape)
             sequence = torch.arange(len(gradient), device=gradient.device)[:, None]
-            table.index_put_((sequence, inputs), gradient * _read(layer, inputs), accumulate=True)
+            table.index_put_((sequence, inputs), gradient, accumulate=True)
             found[layer.weight] = table
     if layer.bias is not None:
         found[layer.bias] = gradient.sum(dim=1)
     return found
-
-
-def _read(layer: Layer, rows: Tensor) -> Tensor:
-    """1 where a row of the table gets a gradient, 0 where it is the padding row; shape [n, tokens, 1]."""
-    padding = layer.module.padding_idx
-    return torch.ones_like(rows)[..., None] if padding is None else (rows != padding)[..., None]
 
 
 def _unsupported(name: str, module: nn.Module, why: str) -> NotImplementedError:

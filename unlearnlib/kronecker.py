@@ -273,8 +273,7 @@ def _check_finite(x: Tensor, start: int, what: str) -> None:
 def _sides(block: Block, layer: Layer, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides of the terms of a layer's gradient; of a norm the one term is the whole sequence's gradient."""
     if layer.kind == "embedding":
-        padding = layer.module.padding_idx
-        left, right = inputs, gradient if padding is None else gradient * (inputs != padding)[..., None]
+        left, right = inputs, gradient
     elif layer.kind == "norm":
         parts = [gradient * inputs.to(gradient)] if layer.weight else []
         parts += [gradient] if layer.bias else []

@@ -58,6 +58,10 @@ def load_model(
                 f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
                 f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
             ) from error
+    # Texts are never padded here, and some models pad with the token that also ends a text: its row is trained.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
     return model.to(device or default_device()).eval()
 
 

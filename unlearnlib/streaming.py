@@ -79,7 +79,7 @@ class StreamingFisher:
         parts = []
 
         def receive(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-            parts[-1] += (_apply(layer, v, inputs) * _unpadded(layer, inputs, gradient)).sum(dim=(1, 2))
+            parts[-1] += (_apply(layer, v, inputs) * gradient).sum(dim=(1, 2))
 
         with capture(self.model, find_layers(self.model), receive):
             for batch in self.sequences.split(self.batch_size):
@@ -107,12 +107,6 @@ def _apply(layer: Layer, v: Vector, inputs: Tensor) -> Tensor:
         else:
             out = weight[inputs] if layer.kind == "embedding" else weight * inputs
     return out if layer.bias is None else out + v[layer.bias]
-
-
-def _unpadded(layer: Layer, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """δ, but 0 where an embedding read its padding row, which is not trained."""
-    padding = layer.module.padding_idx if layer.kind == "embedding" else None
-    return gradient if padding is None else gradient.masked_fill((inputs == padding)[..., None], 0)
 
 
 class _Build:
@@ -164,7 +158,7 @@ class _Build:
             raise FloatingPointError(f"the gradient of sequence {bad} is not finite: are the weights damaged?")
 
     def _receive(self, layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-        gradient = _unpadded(layer, inputs, gradient).to(self.buffer.dtype)
+        gradient = gradient.to(self.buffer.dtype)
         if layer.kind == "embedding":
             head = self.tied and layer.weight == self.head_layer.weight
             self._add_table(layer.weight, head, inputs, gradient)

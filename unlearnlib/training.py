@@ -26,13 +26,19 @@ from unlearnlib.measures import check_length, sequence_losses
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How to train: AdamW (Loshchilov & Hutter 2019) under one cycle of learning rates (Smith & Topin 2019)."""
+    """How to train: AdamW (Loshchilov & Hutter 2019) under one cycle of learning rates (Smith & Topin 2019).
+
+    ``bfloat16`` multiplies matrices in that format; weights, their updates and the loss stay in float32.
+    ``checkpointing`` keeps less of each forward pass and computes the rest again, for models that fill a GPU.
+    """
 
     epochs: int = 15
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
+    bfloat16: bool = False
+    checkpointing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +101,16 @@ def train(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=training.learning_rate, total_steps=steps)
     losses = _resume(checkpoint, model, optimizer, scheduler) if checkpoint else []
     saved = time.monotonic()
+    if training.checkpointing:
+        model.activation_checkpointing_enable()
     model.train()
     with tqdm(total=steps, initial=len(losses), desc="training", unit="step", mininterval=1.0) as progress:
         for step in range(len(losses), steps):
             epoch, position = divmod(step, steps_per_epoch)
             order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed((seed << 20) + epoch))
             batch = sequences[order[position * training.batch_size : (position + 1) * training.batch_size]]
-            loss = sequence_losses(model, batch).mean()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=training.bfloat16):
+                loss = sequence_losses(model, batch).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss at step {step} of {steps} is {loss.item()}: the learning rate "
@@ -118,6 +127,7 @@ def train(
                 _save(checkpoint, model, optimizer, scheduler, losses)
                 saved = time.monotonic()
     model.eval()
+    model.activation_checkpointing_disable()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return losses
