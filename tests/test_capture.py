@@ -57,7 +57,7 @@ def test_a_tied_weight_is_in_two_layers_and_a_frozen_one_in_none():
 def test_a_padding_row_is_refused():
     model = tiny_model("opt")
     model.model.decoder.embed_tokens.padding_idx = 3
-    with pytest.raises(NotImplementedError, match="row 3 of .* is for padding"):
+    with pytest.raises(NotImplementedError, match="is for padding and gets no gradient"):
         capture.find_layers(model)
 
 

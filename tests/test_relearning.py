@@ -53,5 +53,5 @@ def test_what_ascent_hid_falls_further_than_what_was_never_learnt():
     optimizer = torch.optim.SGD(knows.parameters(), lr=1e-2)
     steps = gradient_ascent.descend(knows, gradient_ascent.ascent_loss, forget, other, optimizer, seed=0)
     assert matching.match_steps(knows, steps, lambda: measures.mean_loss(knows, forget), target).reached
-    falls = [relearning.fall(relearning.relearning_curve(m, forget, learning_rate=1e-3)) for m in (knows, never)]
+    falls = [relearning.fall(relearning.relearning_curve(m, forget, 30, 1e-3)) for m in (knows, never)]
     assert falls[0] > falls[1] + 0.1

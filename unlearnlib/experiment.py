@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import matching, measures, relearning
+from unlearnlib import extraction, matching, measures, relearning
 from unlearnlib.data import load_corpus
 from unlearnlib.matching import Match
 from unlearnlib.models import load_tokenizer
 from unlearnlib.profiles import Profile
+from unlearnlib.rounding import rounded
 from unlearnlib.sequences import Splits, make_splits, train_tokenizer
 from unlearnlib.training import Run, load_trained, train_missing
 from unlearnlib.weights import Vector
@@ -108,11 +109,13 @@ class Report:
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
     are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
-    time these took.
+    time these took. With ``thorough`` the models are also measured with their weights rounded to 8 and 4 bits,
+    and by what greedy continuation brings out of the forget sequences.
     """
 
     case: Case
     retrained: PreTrainedModel
+    thorough: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     frontier: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
@@ -122,7 +125,12 @@ class Report:
     @functools.cached_property
     def retrained_curve(self) -> list[float]:
         """The retrained model's own relearning curve, against which all others are judged."""
-        return relearning.relearning_curve(self.retrained, self.case.splits.forget)
+        return self._relearn(self.retrained)
+
+    @functools.cached_property
+    def retrained_losses(self) -> Tensor:
+        """The retrained model's loss on each forget sequence in nats, shape [n]."""
+        return measures.batched(measures.sequence_losses, self.retrained, self.case.splits.forget)
 
     @functools.cached_property
     def original_loss(self) -> float:
@@ -132,7 +140,7 @@ class Report:
     @functools.cached_property
     def target(self) -> float:
         """The retrained model's forget loss in nats, which matched forgetting has to reach."""
-        return measures.mean_loss(self.retrained, self.case.splits.forget)
+        return self.retrained_losses.double().mean().item()
 
     def measure(self, method: str, model: PreTrainedModel, **extra: float) -> dict[str, float]:
         """Measure ``model`` and note it as ``method``; ``extra`` adds metrics the caller has measured.
@@ -155,10 +163,27 @@ class Report:
             "membership_auc_min_k": measures.membership_auc(
                 measures.min_k_scores(forget), measures.min_k_scores(holdout)
             ),
+            "loss_correlation": measures.loss_correlation(forget.mean(dim=1), self.retrained_losses),
             "memorisation_accuracy": measures.token_accuracy(model, splits.forget),
+            **(self._more(model) if self.thorough else {}),
             **extra,
         }
         self.rows += list(self._tidy(method, values))
+        return values
+
+    def _more(self, model: PreTrainedModel) -> dict[str, float]:
+        """What takes longer: extraction, and losses and AUC of the model with its weights rounded."""
+        splits = self.case.splits
+        values = {"extraction_el10": extraction.extraction_likelihood(model, splits.forget)}
+        for bits in (8, 4):
+            coarse = rounded(model, bits)
+            forget, holdout = (
+                measures.batched(measures.sequence_losses, coarse, sequences)
+                for sequences in (splits.forget, splits.holdout)
+            )
+            values[f"forget_loss_{bits}bit"] = forget.double().mean().item()
+            values[f"holdout_loss_{bits}bit"] = holdout.double().mean().item()
+            values[f"membership_auc_{bits}bit"] = measures.membership_auc(-forget, -holdout)
         return values
 
     def probe(self, method: str, model: PreTrainedModel) -> None:
@@ -166,13 +191,16 @@ class Report:
 
         The fall is measured against that of the retrained model's curve.
         """
-        if model is self.retrained:
-            curve = self.retrained_curve
-        else:
-            curve = relearning.relearning_curve(model, self.case.splits.forget)
+        curve = self.retrained_curve if model is self.retrained else self._relearn(model)
         self.curves[method] = curve
         fall = relearning.fall(curve) - relearning.fall(self.retrained_curve)
         self.rows += list(self._tidy(method, {"relearned_nats": fall}))
+
+    def _relearn(self, model: PreTrainedModel) -> list[float]:
+        profile = self.case.profile
+        return relearning.relearning_curve(
+            model, self.case.splits.forget, profile.relearning_steps, profile.relearning_rate
+        )
 
     def reference(self, method: str, model: PreTrainedModel) -> None:
         """Measure and probe a model that nothing has to be matched for."""

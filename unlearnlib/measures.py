@@ -98,6 +98,14 @@ def membership_auc(members: Tensor, others: Tensor) -> float:
     return float(roc_auc_score(labels, torch.cat([members, others]).numpy()))
 
 
+def loss_correlation(losses: Tensor, reference: Tensor) -> float:
+    """Pearson correlation of two models' losses on the same sequences, both of shape [n] in nats.
+
+    Equal means say little of which sequences are hard: this compares them one by one. At least 2 sequences.
+    """
+    return float(torch.corrcoef(torch.stack([losses, reference]).double())[0, 1])
+
+
 def privleak(auc: float, auc_retrained: float) -> float:
     """PrivLeak in percent (Shi et al. 2024, MUSE): an AUC's relative distance to the retrained model's."""
     return 100 * (auc - auc_retrained) / auc_retrained

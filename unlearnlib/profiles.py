@@ -15,6 +15,7 @@ class Profile:
     ``forget``, ``retain`` and ``holdout`` count sequences of ``length`` tokens. ``model`` is a configuration to
     train from scratch, with a tokenizer of ``vocabulary`` entries trained on the corpus, or the name of a
     pretrained model, fine-tuned with its own tokenizer (``vocabulary`` is None).
+    The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``.
     Each of ``seeds`` draws its own splits, initial weights and batch order.
     """
 
@@ -28,6 +29,8 @@ class Profile:
     holdout: int
     training: Training
     seeds: tuple[int, ...]
+    relearning_steps: int = 30
+    relearning_rate: float = 1e-4
 
 
 PROFILES = {

@@ -9,9 +9,7 @@ from transformers import PreTrainedModel
 from unlearnlib.measures import mean_loss, sequence_losses
 
 
-def relearning_curve(
-    model: PreTrainedModel, forget: Tensor, steps: int = 30, learning_rate: float = 1e-4
-) -> list[float]:
+def relearning_curve(model: PreTrainedModel, forget: Tensor, steps: int, learning_rate: float) -> list[float]:
     """Fine-tune a copy of ``model`` on every second forget sequence; watch the loss on the ones in between.
 
     Full-batch AdamW on the even rows of ``forget`` [n, tokens]. Returns the mean loss in nats on the odd rows
