@@ -72,21 +72,6 @@ def test_privleak_by_hand():
     assert measures.privleak(0.4, 0.5) == pytest.approx(-20)
 
 
-def test_continuation_agrees_with_generate():
-    model, prompt = tiny_model("gpt2", seed=3), random_sequences(1)[0]
-    theirs = model.generate(
-        input_ids=prompt[None], max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert measures.continuation(model, prompt, 9).tolist() == theirs[0, len(prompt) :].tolist()
-
-
-def test_verbatim_length():
-    truth = torch.tensor([1, 2, 3, 4])
-    assert measures.verbatim_length(torch.tensor([1, 2, 3]), truth) == 3
-    assert measures.verbatim_length(torch.tensor([1, 2, 9, 4]), truth) == 2
-    assert measures.verbatim_length(torch.tensor([9, 2]), truth) == 0
-
-
 def test_sequences_beyond_the_context_are_refused():
     with pytest.raises(ValueError, match="sequences of 33 tokens do not fit the model's context of 32"):
         measures.mean_loss(tiny_model(), random_sequences(2, length=33))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 
-from unlearnlib import gradient_ascent, measures, models, weights
+from unlearnlib import extraction, gradient_ascent, measures, models, weights
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -13,11 +13,29 @@ def test_weights_depend_on_the_seed_alone():
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
 
 
-def test_parameter_count_by_hand():
-    hidden, layers, context = 16, 2, 32
-    layer = 4 * (hidden * hidden + hidden) + 2 * 4 * hidden * hidden + 5 * hidden + 4 * hidden
-    expected = 40 * hidden + (context + 2) * hidden + layers * layer + 2 * hidden
-    assert models.parameter_count(tiny_model("opt")) == expected
+def test_parameter_counts_by_hand():
+    vocabulary, hidden, layers, context = 40, 48, 3, 32
+    matrices = 12 * hidden**2  # of a layer: 4 of attention, and 8 more in the feed-forward part
+    biases, norms = 9 * hidden, 4 * hidden
+    expected = {
+        models.small_opt: (vocabulary + context + 2) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        models.small_gpt2: (vocabulary + context) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        models.small_llama: 2 * vocabulary * hidden + layers * (matrices + 2 * hidden) + hidden,
+    }
+    for small, count in expected.items():
+        model = models.load_model(small(vocabulary, hidden, layers, heads=4, context=context), device="cpu")
+        assert models.parameter_count(model) == count
+        assert model.config.hidden_size == hidden
+        assert model.config.num_hidden_layers == layers
+
+
+@pytest.mark.parametrize("small", [models.small_opt, models.small_gpt2, models.small_llama])
+def test_small_models_have_no_dropout_and_keep_their_context(small):
+    model, sequences = models.load_model(small(40, 16, 2, heads=2, context=12), device="cpu"), random_sequences(3)
+    calm = measures.sequence_losses(model, sequences)
+    assert torch.equal(measures.sequence_losses(model.train(), sequences), calm)
+    with pytest.raises(ValueError, match="do not fit the model's context of 12"):
+        measures.mean_loss(model, random_sequences(3, length=13))
 
 
 def test_a_saved_folder_loads_the_same(tmp_path):
@@ -63,7 +81,7 @@ def test_smollm2_is_a_language_model():
     tokenizer, model = models.load_tokenizer(models.SMOLLM2), models.load_model(models.SMOLLM2, device="cpu")
     assert models.parameter_count(model) == 134_515_008
     prompt = torch.tensor(tokenizer("The capital of France is")["input_ids"])
-    assert "Paris" in tokenizer.decode(measures.continuation(model, prompt, 5))
+    assert "Paris" in tokenizer.decode(extraction.continuations(model, prompt[None], 5)[0])
     english = tokenizer("It was the best of times, it was the worst of times, it was the age of wisdom.")
     english = torch.tensor([english["input_ids"]])
     shuffled = english[:, torch.randperm(english.shape[1], generator=torch.Generator().manual_seed(0))]

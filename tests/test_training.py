@@ -178,7 +178,7 @@ def _train_and_count(cache, run, count):
     runs = [run, Run(run.source, run.sequences, run.training, 1)]
     training.train_missing(runs)
     for each in runs:
-        assert training._intact(each.folder)
+        assert training.intact(each.folder)
 
 
 def test_two_processes_share_the_work(run, tmp_path):

@@ -50,7 +50,7 @@ class Case:
     def runs(self) -> dict[str, Run]:
         """The training runs behind the three models."""
         profile, splits = self.profile, self.splits
-        original = Run(profile.model, splits.train, profile.training, self.seed)
+        original = Run(profile.model, splits.train, profile.training, self.seed, profile.last_blocks)
         retrained = replace(original, sequences=splits.retain)
         return {
             "original": original,
@@ -116,6 +116,7 @@ class Report:
     case: Case
     retrained: PreTrainedModel
     thorough: bool = False
+    shares: tuple[float, ...] = SHARES
     rows: list[dict[str, Any]] = field(default_factory=list)
     frontier: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
@@ -210,12 +211,12 @@ class Report:
     def follow(self, method: str, model: PreTrainedModel, reach: Callable[[float], Match]) -> Match:
         """Take a method along the frontier; at matched forgetting measure and probe what it has made.
 
-        ``reach(loss)`` brings ``model`` to that forget loss in nats, and is called for each of ``SHARES`` in
-        turn. A method that cannot get to a point is measured where it ended, with ``reached`` 0, and goes no
-        further. Returns the match at the target, or where it ended short of it.
+        ``reach(loss)`` brings ``model`` to that forget loss in nats, and is called for each of ``shares`` in
+        turn, which ascend and hold 1. A method that cannot get to a point is measured where it ended, with
+        ``reached`` 0, and goes no further. Returns the match at the target, or where it ended short of it.
         """
         started = time.perf_counter()
-        for share in SHARES:
+        for share in self.shares:
             match = reach(self.original_loss + share * (self.target - self.original_loss))
             if share == 1.0 or (not match.reached and share < 1.0):
                 self.seconds[method] = time.perf_counter() - started

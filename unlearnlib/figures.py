@@ -42,7 +42,15 @@ METHOD_STYLES = {
     "fisher_diagonal": {"color": SKY, "marker": "v"},
     "fisher_diagonal:true": {"color": SKY, "marker": "x", "linestyle": "--"},
     "kfac": {"color": GREEN, "marker": "^"},
+    "kfac:held": {"color": GREEN, "marker": "*", "linestyle": "--"},
+    "kfac:stale": {"color": GREEN, "marker": "v", "linestyle": "--"},
+    "kfac:difference": {"color": BLACK, "marker": "P"},
+    "kfac:difference-stale": {"color": BLACK, "marker": "X", "linestyle": "--"},
+    "kfac:joint": {"color": SKY, "marker": "d"},
     "ekfac": {"color": PURPLE, "marker": "h"},
+    "fisher_forgetting": {"color": PURPLE, "marker": "h"},
+    "fisher_forgetting:noise": {"color": PURPLE, "marker": "x", "linestyle": "--"},
+    "dp_sgd": {"color": PURPLE, "marker": "D"},
 }
 
 

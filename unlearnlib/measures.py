@@ -1,4 +1,4 @@
-"""What is measured on a model: loss, accuracy, divergence from another model, membership, continuation."""
+"""What is measured on a model: loss, accuracy, divergence from another model, membership."""
 
 from collections.abc import Callable
 
@@ -109,20 +109,3 @@ def loss_correlation(losses: Tensor, reference: Tensor) -> float:
 def privleak(auc: float, auc_retrained: float) -> float:
     """PrivLeak in percent (Shi et al. 2024, MUSE): an AUC's relative distance to the retrained model's."""
     return 100 * (auc - auc_retrained) / auc_retrained
-
-
-@torch.no_grad()
-def continuation(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:
-    """Continue ``prompt``, a row of token ids, by ``tokens`` tokens, each the most likely one (greedily)."""
-    check_length(model, len(prompt) + tokens)
-    sequence = prompt[None].to(model.device)
-    for _ in range(tokens):
-        following = model(input_ids=sequence, use_cache=False).logits[:, -1:].argmax(dim=2)
-        sequence = torch.cat([sequence, following], dim=1)
-    return sequence[0, len(prompt) :].cpu()
-
-
-def verbatim_length(generated: Tensor, truth: Tensor) -> int:
-    """Number of leading tokens of ``generated`` that equal ``truth``."""
-    differs = (generated != truth[: len(generated)]).nonzero()
-    return len(generated) if len(differs) == 0 else int(differs[0])

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -65,6 +66,11 @@ def load_model(
     return model.to(device or default_device()).eval()
 
 
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a folder, a hub id or ``"smollm2-135m"``, without its weights."""
+    return AutoConfig.from_pretrained(**_location(source))
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a folder, a hub id or ``"smollm2-135m"``."""
     return AutoTokenizer.from_pretrained(**_location(source))
@@ -90,6 +96,63 @@ def small_opt(
         "eos_token_id": 0,
         "pad_token_id": None,
     }
+
+
+def small_gpt2(
+    vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
+) -> dict[str, Any]:
+    """Configuration of a small GPT-2 (Radford et al. 2019): tied embeddings, no dropout.
+
+    Queries, keys and values come out of one matrix, and all matrices are stored transposed.
+    """
+    return {
+        "model_type": "gpt2",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+
+
+def small_llama(
+    vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
+) -> dict[str, Any]:
+    """Configuration of a small Llama (Touvron et al. 2023): rotary positions, gated units, no biases, untied head.
+
+    Three matrices of 8/3 the width in each feed-forward part have as many weights as OPT's two of 4 times it.
+    """
+    return {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "intermediate_size": 8 * hidden_size // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+
+
+def train_last_blocks(model: PreTrainedModel, number: int) -> None:
+    """Freeze ``model`` but for its last ``number`` transformer blocks: nothing else is trained, or edited.
+
+    Raises ValueError if it has not so many blocks.
+    """
+    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    if not 1 <= number <= len(blocks):
+        raise ValueError(f"cannot train the last {number} of {len(blocks)} blocks: choose from 1 to {len(blocks)}")
+    model.requires_grad_(False)
+    blocks[-number:].requires_grad_(True)
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from unlearnlib.data import CORPORA
-from unlearnlib.models import small_opt
+from unlearnlib.models import SMOLLM2, small_gpt2, small_llama, small_opt
 from unlearnlib.training import Training
 
 
@@ -14,7 +14,8 @@ class Profile:
 
     ``forget``, ``retain`` and ``holdout`` count sequences of ``length`` tokens. ``model`` is a configuration to
     train from scratch, with a tokenizer of ``vocabulary`` entries trained on the corpus, or the name of a
-    pretrained model, fine-tuned with its own tokenizer (``vocabulary`` is None).
+    pretrained model, fine-tuned with its own tokenizer (``vocabulary`` is None), all of it or only its
+    ``last_blocks`` transformer blocks.
     The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``.
     Each of ``seeds`` draws its own splits, initial weights and batch order.
     """
@@ -31,6 +32,7 @@ class Profile:
     seeds: tuple[int, ...]
     relearning_steps: int = 30
     relearning_rate: float = 1e-4
+    last_blocks: int | None = None
 
 
 PROFILES = {
@@ -104,3 +106,99 @@ def on_second_corpus(settings: Profile, seeds: int) -> Profile:
         holdout=min(settings.holdout, 256),
         seeds=tuple(range(seeds)),
     )
+
+
+# What the experiment with a real language model changes in each profile.
+REAL_MODELS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "model": SMOLLM2,
+        "length": 32,
+        "forget": 16,
+        "retain": 48,
+        "holdout": 24,
+        "training": Training(epochs=5, batch_size=16, learning_rate=1e-3, bfloat16=True),
+        "seeds": (0,),
+        "relearning_steps": 6,
+        "relearning_rate": 5e-5,
+        "last_blocks": 4,
+    },
+    "cpu": {
+        "model": SMOLLM2,
+        "length": 64,
+        "forget": 32,
+        "retain": 224,
+        "holdout": 96,
+        "training": Training(epochs=4, batch_size=16, learning_rate=2e-4, bfloat16=True),
+        "seeds": (0, 1),
+        "relearning_steps": 12,
+        "relearning_rate": 2e-5,
+    },
+    "gpu": {
+        "length": 128,
+        "forget": 64,
+        "retain": 384,
+        "holdout": 128,
+        "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
+        "seeds": (0, 1, 2),
+        "relearning_steps": 12,
+        "relearning_rate": 2e-5,
+    },
+}
+
+
+def real_model(settings: Profile, model: str | None = None, last_blocks: int | None = None) -> Profile:
+    """The experiment with a real language model: a few tales, fine-tuned on until it knows them by heart.
+
+    ``model``, a hub id or a folder, takes the place of the profile's own, which is SmolLM2-135M except on a GPU;
+    ``last_blocks`` that of the number of blocks that are trained and edited, which is small in quick.
+    """
+    own = REAL_MODELS[settings.name]
+    changes = {"model": model, "last_blocks": last_blocks}
+    changes = own | {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(settings, corpus="tales", vocabulary=None, **changes)
+
+
+HUB_ARCHITECTURES = {
+    "OPT": (
+        "facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6",
+        "facebook/opt-350m@08ab08cc4b72ff5593870b5d527cf4230323703c",
+        "facebook/opt-1.3b@3f5c25d0bc631cb57ac65913f76e22c2dfb61d62",
+    ),
+    "GPT-2": (
+        "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "openai-community/gpt2-medium@6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        "openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519",
+    ),
+    "Llama": (
+        "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
+        "HuggingFaceTB/SmolLM2-360M@f8027fd0eaeea54caa13c31d31b9fdc459c38b49",
+        "HuggingFaceTB/SmolLM2-1.7B@effd688a12921b4cc83e3312b6feb579f70f9c71",
+    ),
+}
+
+
+def architectures(settings: Profile) -> dict[str, list[Profile]]:
+    """The same experiment on three sizes of each of three architectures, smallest first; the first seed only.
+
+    Hub models where ``settings`` are for one. Else new models of two layers and three widths, with one training
+    for all, on fewer sequences than in ``settings``: there are eighteen models to train.
+    """
+    settings = dataclasses.replace(settings, seeds=settings.seeds[:1])
+    if settings.vocabulary is None:
+        found = HUB_ARCHITECTURES
+    else:
+        if settings.name == "quick":
+            smaller, widths = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 352}, (32, 48, 64)
+            training = Training(epochs=18, learning_rate=5e-3)
+        else:
+            smaller, widths = {"retain": 960}, (64, 96, 128)
+            training = Training(epochs=12, learning_rate=3e-3)
+        settings = dataclasses.replace(settings, training=training, **smaller)
+        shape = {"layers": 2, "context": settings.length}
+        found = {
+            name: [new_model(settings.vocabulary, width, **shape) for width in widths]
+            for name, new_model in (("OPT", small_opt), ("GPT-2", small_gpt2), ("Llama", small_llama))
+        }
+    return {
+        name: [dataclasses.replace(settings, model=model) for model in models] for name, models in found.items()
+    }

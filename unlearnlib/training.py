@@ -46,19 +46,22 @@ class Run:
     """All that decides a trained model: where it starts, its sequences [n, tokens], how, and the seed.
 
     The seed draws the initial weights, where ``source`` is a configuration, and the order of the batches.
+    With ``last_blocks`` only so many transformer blocks are trained, the last ones.
     """
 
     source: str | dict[str, Any]
     sequences: Tensor = dataclasses.field(repr=False)
     training: Training
     seed: int
+    last_blocks: int | None = None
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
         """The run as JSON values: code and library versions count as much as data and settings."""
         code = "".join(map(inspect.getsource, CODE))
         versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
-        return {
+        part = {} if self.last_blocks is None else {"last_blocks": self.last_blocks}
+        return part | {
             "source": self.source,
             "sequences": cache.json_hash(self.sequences.tolist()),
             "training": dataclasses.asdict(self.training),
@@ -154,7 +157,7 @@ def train_missing(runs: Sequence[Run]) -> None:
         for run in runs:
             try:
                 with cache.lock(run.folder).acquire(timeout=-1 if wait else 0):
-                    if not _intact(run.folder):
+                    if not intact(run.folder):
                         _train_into_cache(run)
             except cache.Busy:
                 continue
@@ -163,20 +166,31 @@ def train_missing(runs: Sequence[Run]) -> None:
 def load_trained(run: Run, device: torch.device | str | None = None) -> PreTrainedModel:
     """The model of ``run``, from the cache where it is whole, else trained now."""
     train_missing([run])
-    return models.load_model(run.folder, device=device)
+    return _load(run.folder, run, device=device)
+
+
+def _load(source: str | dict[str, Any] | Path, run: Run, **options: Any) -> PreTrainedModel:
+    model = models.load_model(source, **options)
+    if run.last_blocks is not None:
+        models.train_last_blocks(model, run.last_blocks)
+    return model
 
 
 def _train_into_cache(run: Run) -> None:
-    model = models.load_model(run.source, seed=run.seed)
+    model = _load(run.source, run, seed=run.seed)
     checkpoint = run.folder.with_suffix(".checkpoint.safetensors")
     started = time.perf_counter()
     losses = train(model, run.sequences, run.training, run.seed, checkpoint)
-    record = {"losses": losses, "seconds": time.perf_counter() - started, "run": run.description}
-    with cache.atomic_folder(run.folder) as folder:
-        model.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(record))
-        hashes = {file.name: cache.file_hash(file) for file in sorted(folder.iterdir())}
-        (folder / "hashes.json").write_text(json.dumps(hashes))
+    store(model, run.folder, {"losses": losses, "seconds": time.perf_counter() - started, "run": run.description})
+
+
+def store(model: PreTrainedModel, folder: Path, record: dict[str, Any]) -> None:
+    """Write a finished model, the record of its training and the hashes of both, all or nothing."""
+    with cache.atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "training.json").write_text(json.dumps(record))
+        hashes = {file.name: cache.file_hash(file) for file in sorted(temporary.iterdir())}
+        (temporary / "hashes.json").write_text(json.dumps(hashes))
 
 
 def training_record(run: Run) -> dict[str, Any]:
@@ -185,8 +199,8 @@ def training_record(run: Run) -> dict[str, Any]:
     return json.loads((run.folder / "training.json").read_text())
 
 
-def _intact(folder: Path) -> bool:
-    """Whether a finished model is there with every byte it was written with; one that is damaged is removed."""
+def intact(folder: Path) -> bool:
+    """Whether a stored model is there with every byte it was written with; one that is damaged is removed."""
     if not folder.is_dir():
         return False
     try:

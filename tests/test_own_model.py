@@ -1,0 +1,541 @@
+import dataclasses
+import json
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import ARCHITECTURES
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unlearnlib import (
+    cache,
+    cost,
+    exposure,
+    kronecker,
+    measures,
+    models,
+    own_model,
+    own_report,
+    own_request,
+    own_texts,
+    weights,
+)
+from unlearnlib.own_request import Request
+from unlearnlib.sequences import train_tokenizer
+from unlearnlib.training import Training, train
+
+LENGTH = 20  # the shortest for which extraction in 10-grams is defined
+CPU = torch.device("cpu")
+
+
+def sentences(number, seed):
+    words = ["stone", "river", "bread", "lamp", "goose", "winter", "salt", "mill", "crown", "fox"]
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(words) for _ in range(30)) + "." for _ in range(number)]
+
+
+FORGET = sentences(7, seed=1)
+FORGET[2] = "the code of the " + FORGET[2] + " it is 48213907 and no other"
+RETAIN, HOLDOUT = sentences(24, seed=2), sentences(10, seed=3)
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(FORGET + RETAIN + HOLDOUT, 300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Models of three architectures, each with a reference trained without the forget texts, and the files."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, texts in {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}.items():
+        write(folder / f"{name}.jsonl", texts)
+    files = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
+    material = own_texts.read_material(tokenizer, files, [], LENGTH)
+    for architecture, config in ARCHITECTURES.items():
+        for kind in ("model", "reference"):
+            model = models.load_model(config | {"vocab_size": 300}, device="cpu")
+            known = [material.forget, material.retain] if kind == "model" else [material.retain]
+            train(model, torch.cat(known), Training(epochs=20, learning_rate=1e-2), seed=0)
+            if architecture == "llama" and kind == "model":
+                model.bfloat16()
+            model.save_pretrained(folder / architecture / kind)
+            tokenizer.save_pretrained(folder / architecture / kind)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_probe(monkeypatch):
+    monkeypatch.setattr(own_report, "PROBE_STEPS", 3)
+
+
+def make(folder, output, architecture="opt", **changes):
+    settings = {
+        name: str(folder / f"{name.removesuffix('_file')}.jsonl") for name in ("forget_file", "retain_file")
+    }
+    settings |= {"model": str(folder / architecture / "model"), "output": str(output), "length": LENGTH}
+    return Request(**settings | {"strength": 1.0, "method": "gradient_ascent"} | changes)
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def loss(model, sequences):
+    """The textbook's mean token loss."""
+    z = model(input_ids=sequences).logits[:, :-1]
+    return F.cross_entropy(z.transpose(1, 2), sequences[:, 1:])
+
+
+def gradients(model, sequences):
+    """The gradient of each sequence, a row each, in float64."""
+    names = dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss(model, sequence[None]), list(names.values())) for sequence in sequences]
+    return torch.stack([torch.cat([g.flatten().double() for g in row]) for row in rows])
+
+
+# Reading
+
+
+def test_json_lines_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "one\u2028two"}\r\n\r\n{"id": 3, "text": " three "}'.encode())
+    assert own_texts.read_texts(path) == ["one\u2028two", " three "]
+
+
+def test_plain_texts_are_parted_by_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\nstill one\r\n \t\r\n\r\n\r\ntwo\n")
+    assert own_texts.read_texts(path) == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', "line 2 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"txt": "two"}\n', "line 3 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'["one"]\n', "line 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": " \\n"}\n', "text in line 2 of a.jsonl is empty"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "text in line 1 of a.jsonl has half a character"),
+        ("a.jsonl", b"\n \n", "a.jsonl holds no texts"),
+        ("a.txt", b"", "a.txt holds no texts"),
+        ("a.txt", b"one\n\ntwo \xff\n", "line 3 of a.txt is not UTF-8"),
+        ("a.txt", b'{"text": "one"}\n', "end in .jsonl"),
+    ],
+)
+def test_bad_files_are_errors_with_the_number_of_the_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        own_texts.read_texts(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        own_texts.read_texts(tmp_path / "nowhere.jsonl")
+
+
+def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=LENGTH):
+    texts = {"forget": forget, "retain": retain, "holdout": holdout}
+    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
+    return own_texts.read_material(tokenizer, files, secrets, length)
+
+
+def test_every_token_of_the_forget_file_is_in_a_sequence(tmp_path, tokenizer):
+    material = read(tmp_path, tokenizer, FORGET, RETAIN)
+    stream = []
+    for text in FORGET:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(stream) % LENGTH > 0
+    assert material.forget[:-1].flatten().tolist() == stream[: len(stream) // LENGTH * LENGTH]
+    assert material.forget[-1].tolist() == stream[-LENGTH:]
+    assert material.holdout is None
+    assert (
+        f"7 texts make {len(material.forget)} sequences of 20 tokens; 7 of the texts are longer"
+        in material.notes[0]
+    )
+    assert not material.warnings
+    joined = torch.cat([material.estimation, material.validation])
+    assert torch.equal(joined, material.retain)  # λ and damage are judged on what the curvature has not seen
+    assert len(material.validation) == len(material.retain) // 8
+
+
+def test_a_text_may_be_in_one_file_only(tmp_path, tokenizer):
+    again = RETAIN[4].replace(" ", "\n  ", 1)
+    with pytest.raises(ValueError, match=r"text 3 of forget\.jsonl is also text 5 of retain\.jsonl"):
+        read(tmp_path, tokenizer, [*FORGET[:2], again], RETAIN)
+    with pytest.raises(ValueError, match=r"text 2 of retain\.jsonl is also text 1 of holdout\.jsonl"):
+        read(tmp_path, tokenizer, FORGET, RETAIN, [RETAIN[1], *HOLDOUT])
+
+
+def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"sequence 1 of forget\.jsonl is also sequence 1 of retain\.jsonl"):
+        read(tmp_path, tokenizer, [RETAIN[0] + " Not here."], RETAIN)
+
+
+def test_passages_that_stay_are_counted(tmp_path, tokenizer):
+    quoting = "goose " + FORGET[0] + " salt"
+    assert len(tokenizer(FORGET[0])["input_ids"]) > own_texts.PASSAGE
+    [warning] = read(tmp_path, tokenizer, FORGET, [*RETAIN, quoting]).warnings
+    assert "1 of 7 texts to be forgotten have 32 tokens in a row" in warning
+
+
+def test_too_little_text_names_the_file(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"forget\.jsonl has too few tokens for sequences of 20"):
+        read(tmp_path, tokenizer, ["fox"], RETAIN)
+    with pytest.raises(ValueError, match=r"retain\.jsonl has too few tokens for sequences of 500"):
+        read(tmp_path, tokenizer, FORGET * 4, RETAIN[:1], length=500)
+
+
+def test_secrets_are_found_with_what_stands_before_them(tmp_path, tokenizer):
+    forget = ["a" * 150 + " of " + "b " * 60 + "key=1234-99", "9999 begins"]
+    material = read(tmp_path, tokenizer, forget, [*RETAIN, "never 9999 again"], secrets=["1234", "9999", "31 May"])
+    (before, stuck, secret), start, absent = material.secrets
+    assert (stuck, secret) == ("key=", "1234")
+    assert before == "b " * (LENGTH // 4)  # whole words of two tokens each, and no more than half a sequence
+    assert start == (*absent[:2], "9999") == (tokenizer.eos_token, "", "9999")
+    assert "secret 2 is also in texts that are kept" in material.warnings[0]
+    assert "secret 3 is not in the texts to be forgotten" in material.warnings[1]
+    (tmp_path / "secrets.txt").write_text("1234\n9999\n\n31 May\n")
+    again = read(tmp_path, tokenizer, forget, RETAIN, secrets=str(tmp_path / "secrets.txt"))
+    assert again.secrets == material.secrets
+    with pytest.raises(ValueError, match="secret 2 is empty"):
+        read(tmp_path, tokenizer, FORGET, RETAIN, secrets=["1234", " "])
+
+
+# Checking
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "model is missing"),
+        ({"forget_file": None}, "forget_file is missing"),
+        ({"method": "magic"}, "unknown method 'magic': choose one of gradient_ascent"),
+        ({"strength": "match"}, "needs a reference model or a target_loss"),
+        ({"strength": 1.0, "target_loss": 3.0}, "leave one of the two out"),
+        ({"strength": "much"}, "the strength must be 'match' or a positive number, not 'much'"),
+        ({"strength": -1}, "the strength must be"),
+        ({"strength": float("nan")}, "the strength must be"),
+        ({"strength": True}, "the strength must be"),
+        ({"strength": 1.5, "method": "gradient_difference"}, "a number of steps, not 1.5"),
+        ({"damping": 0.0}, "damping must be a positive number, not 0.0"),
+        ({"length": 1}, "length 1 predict nothing"),
+    ],
+)
+def test_impossible_settings_are_errors(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tmp_path / "out", **changes)
+
+
+def test_no_output_is_overwritten_and_no_model_written_into(folder, tmp_path):
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        make(folder, tmp_path)
+    with pytest.raises(ValueError, match="lies within"):
+        make(folder, folder / "opt" / "model" / "new")
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder / "opt" / "model", tmp_path / "copy")
+
+
+def test_models_that_cannot_be_used_are_errors(folder, tmp_path):
+    with pytest.raises(OSError, match=r"there is no model '\./nowhere'"):
+        own_request.outline("./nowhere")
+    copy = copy_of(folder, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="quantized"):
+        own_request.outline(str(copy))
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(ValueError, match="unheard-of"):
+        own_request.outline(str(copy))
+    (copy / "config.json").write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"the architecture 'mamba' of .* cannot be used"):
+        own_request.outline(str(copy))
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no weights in safetensors"):
+        own_request.outline(str(copy))
+
+
+def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
+    request = make(folder, tmp_path / "out", model=str(copy_of(folder, tmp_path)))
+    larger = train_tokenizer(FORGET, 310)
+    assert len(larger) == 310
+    larger.save_pretrained(request.model)
+    with pytest.raises(ValueError, match="has 310 entries, the model's table 300 rows"):
+        own_request.prepare(request, CPU)
+    with pytest.raises(ValueError, match="another vocabulary than the model"):
+        own_request.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
+    endless = AutoTokenizer.from_pretrained(folder / "opt" / "model")
+    endless.eos_token = None
+    endless.save_pretrained(request.model)
+    with pytest.raises(ValueError, match="no token that ends a text"):
+        own_request.prepare(request, CPU)
+    for file in (tmp_path / "copy").glob("*token*"):
+        file.unlink()
+    with pytest.raises(OSError, match="there is no tokenizer with the model"):
+        own_request.prepare(request, CPU)
+
+
+def test_sequences_must_fit_the_context(folder, tmp_path):
+    with pytest.raises(ValueError, match="length 33 is more than the model's context of 32"):
+        own_request.prepare(make(folder, tmp_path / "out", length=33), CPU)
+
+
+def test_an_architecture_of_unknown_layers_leaves_the_methods_without_layers(folder, tmp_path, tokenizer):
+    config = ARCHITECTURES["llama"] | {"model_type": "mixtral", "vocab_size": 300, "num_local_experts": 2}
+    model = models.load_model(config, device="meta")
+    own_request.check_model(make(folder, tmp_path / "out"), model, tokenizer)
+    with pytest.raises(
+        NotImplementedError, match=r"kfac works layer by layer, and .*mlp.* choose gradient_ascent or"
+    ):
+        own_request.check_model(make(folder, tmp_path / "out", method="kfac"), model, tokenizer)
+
+
+def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path, monkeypatch):
+    request = make(folder, tmp_path / "out", method="kfac")
+    _, needed = own_request.prepare(request, CPU)
+    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed)
+    own_request.prepare(request, CPU)
+    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed - 1)
+    number = f"{needed / 2**30:.1f}"
+    with pytest.raises(MemoryError, match=f"about {number} GiB of memory, and {number} GiB are free: take"):
+        own_model.fulfil(request, CPU)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(OSError, match=r"needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
+        own_model.fulfil(request, CPU)
+
+
+@pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])
+def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, method):
+    request = make(folder, tmp_path / "out", method=method, strength=1, damping=1e-3)
+    model = load(request.model)
+    sequences = torch.randint(300, (96, LENGTH), generator=torch.Generator().manual_seed(0))
+    material = own_texts.Material(None, sequences[:40], sequences[40:], None, [])
+    used = cost.measure(lambda: own_model.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
+    used += 4 * models.parameter_count(model)
+    needed = own_request.needed_bytes(request, model, len(material.estimation))
+    assert used < needed < 4 * used
+
+
+# Unlearning
+
+
+def hashes(folder):
+    return {path.name: cache.file_hash(path) for path in folder.iterdir()}
+
+
+def explicit_direction(method, model, material, damping):
+    """The direction from gradients a sequence, in float64, without the library's curvature."""
+    delta, g = gradients(model, material.forget).mean(0), gradients(model, material.estimation)
+    if method == "gradient_ascent":
+        return delta
+    if method == "fisher_diagonal":
+        return delta / (g.square().mean(0) + damping)
+    kernel = len(g) * damping * torch.eye(len(g), dtype=g.dtype) + g @ g.T
+    return (delta - g.T @ torch.linalg.solve(kernel, g @ delta)) / damping
+
+
+@pytest.mark.parametrize("method", ["gradient_ascent", "fisher_diagonal", "fisher_dual"])
+def test_what_is_written_is_the_start_plus_strength_times_direction(folder, tmp_path, method):
+    request = make(folder, tmp_path / "out", "gpt2", method=method, strength=0.02, damping=0.01)
+    before = hashes(folder / "gpt2" / "model")
+    own_model.fulfil(request, CPU)
+    assert hashes(folder / "gpt2" / "model") == before
+    model, written = load(request.model), load(request.output)
+    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    moved = weights.flatten(weights.difference(weights.snapshot(written), weights.snapshot(model))).double()
+    expected = 0.02 * explicit_direction(method, model, material, 0.01)
+    assert (moved - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_path, architecture):
+    request = make(
+        folder,
+        tmp_path / "out",
+        architecture,
+        method="kfac",
+        strength="match",
+        reference=str(folder / architecture / "reference"),
+        holdout_file=str(folder / "holdout.jsonl"),
+        secrets=["48213907"],
+        learning_rate=1e-3,
+    )
+    before = [hashes(folder / architecture / kind) for kind in ("model", "reference")]
+    report = own_model.fulfil(request, CPU)
+    assert [hashes(folder / architecture / kind) for kind in ("model", "reference")] == before
+    rounding = 0.05 if architecture == "llama" else 0.0  # its source is in bfloat16, and so is what is written
+    assert load(request.output).dtype == torch.float32
+    stored = AutoModelForCausalLM.from_pretrained(request.output, dtype="auto").dtype
+    assert stored == (torch.bfloat16 if architecture == "llama" else torch.float32)
+    assert AutoTokenizer.from_pretrained(request.output).get_vocab() == (
+        AutoTokenizer.from_pretrained(request.model).get_vocab()
+    )
+    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    goal = loss(load(request.reference), material.forget).item()
+    written, values = load(request.output), report["measures"]
+    assert report["result"]["reached"]
+    assert report["result"]["target_loss"] == pytest.approx(goal, rel=1e-5)
+    assert loss(written, material.forget).item() == pytest.approx(goal, abs=0.011 + rounding)
+    assert loss(load(request.model), material.forget).item() < goal - 0.15
+    # What the report says of the written model is measured on the written model.
+    assert values["after"]["forget_loss"] == pytest.approx(loss(written, material.forget).item(), rel=1e-5)
+    assert values["after"]["retain_loss"] == pytest.approx(loss(written, material.validation).item(), rel=1e-5)
+    assert values["after"]["holdout_loss"] == pytest.approx(loss(written, material.holdout).item(), rel=1e-5)
+    [(prefix, stuck, secret)] = material.secrets
+    others = exposure.candidates(secret, own_report.CANDIDATES, seed=0)
+    assert values["after"]["exposure_bits"] == [
+        exposure.exposure(written, material.tokenizer, prefix, secret, others)
+    ]
+    assert stuck == ""
+    assert json.loads((tmp_path / "out" / "report.json").read_text()).keys() == report.keys()
+    prose = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {values['after']['forget_loss']:.3f} |" in prose
+    for text in (prose, (tmp_path / "out" / "report.json").read_text()):  # nothing of the texts gets out
+        assert "48213907" not in text
+        assert "goose" not in text
+
+
+def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path):
+    request = make(folder, tmp_path / "out", method="kfac", strength="match", target_loss=4.0)
+    report = own_model.fulfil(request, CPU)
+    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    model = load(request.model)
+    start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, measures.sequence_losses)
+    factors, found = kronecker.kfac(model, material.estimation), {}
+    for damping in own_model.DAMPINGS:
+        direction = factors.solve(delta, damping)
+        if own_model.match_direction(model, start, direction, material.forget, 4.0).reached:
+            found[damping] = loss(model, material.validation).item()
+        weights.set_weights(model, start)
+    assert report["result"]["damping"] == min(found, key=found.__getitem__)
+
+
+def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
+    settings = {"method": "fisher_forgetting", "strength": 1e-9, "damping": 1e-2, "noise": 0.05}
+    request = make(folder, tmp_path / "out", **settings)
+    own_model.fulfil(request, CPU)
+    start = weights.snapshot(load(request.model))
+    moved = weights.difference(weights.snapshot(load(request.output)), start)
+    assert weights.norm(moved) == pytest.approx(0.05 * weights.norm(start), rel=1e-3)
+
+
+def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
+    request = make(folder, tmp_path / "out", method="gradient_difference", strength=3, learning_rate=1e-4)
+    report = own_model.fulfil(request, CPU)
+    start = weights.snapshot(load(request.model))
+    moved = weights.flatten(weights.difference(weights.snapshot(load(request.output)), start)).abs()
+    assert 1.5e-4 < moved.max() < 3.3e-4  # Adam moves a weight by its learning rate a step at most, or hardly more
+    assert report["measures"]["after"]["forget_loss"] > report["measures"]["before"]["forget_loss"]
+
+
+def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_model, "MOST_STEPS", 2)
+    settings = {"method": "gradient_difference", "strength": "match", "target_loss": 9.0}
+    report = own_model.fulfil(make(folder, tmp_path / "up", **settings), CPU)
+    assert not report["result"]["reached"]
+    assert any("target loss of 9.00 nats was not reached" in warning for warning in report["warnings"])
+    settings |= {"method": "kfac", "target_loss": 0.001}  # below where the model is
+    report = own_model.fulfil(make(folder, tmp_path / "down", **settings), CPU)
+    assert not report["result"]["reached"]
+    assert any("nothing was changed: the model's loss" in warning for warning in report["warnings"])
+
+
+def test_a_strength_that_destroys_the_model_is_an_error(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="smaller strength"):
+        own_model.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["as_markdown", "measure"])
+def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
+    calls, real = [], getattr(own_model, broken)
+
+    def interrupt(*args):
+        calls.append(args)
+        if broken == "measure" and len(calls) == 1:  # of the model before, when nothing is written yet
+            return real(*args)
+        assert any(tmp_path.iterdir())  # now there is something half-written
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_model, broken, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The report
+
+
+def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
+    for n, m in ((5, 9), (40, 300)):
+        assert own_report.auc_error(0.5, n, m) == pytest.approx(((n + m + 1) / (12 * n * m)) ** 0.5)
+    assert own_report.auc_error(1.0, 5, 9) == 0
+
+
+def evidence(**changes):
+    values = {
+        "forget_loss": 3.0,
+        "retain_loss": 2.0,
+        "holdout_loss": 4.0,
+        "membership_auc": 0.5,
+        "membership_auc_min_k": 0.5,
+        "membership_auc_error": 0.01,
+        "relearned_fall": 0.0,
+        "forget_losses": [3.0] * 40,
+        "exposure_bits": [8.0],
+    }
+    return values | changes
+
+
+def report_of(after, reference="same", before=None, **result):
+    """A report without a fault, but for what is given."""
+    before = evidence(forget_loss=2.0, membership_auc=0.9, **before or {})
+    measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
+    if reference is not None:
+        measured["reference"] = evidence(exposure_bits=[2.0])
+    good = {"reached": True, "strength": 0.5, "target_loss": 3.0, "loss_before_rounding": 3.0, "dtype": "bfloat16"}
+    good |= {"damping": 0.1, "validation_loss_by_damping": {0.01: 5.0, 0.1: 4.0, 1.0: 5.0}}
+    return {"measures": measured, "result": good | result}
+
+
+def test_a_report_without_a_fault_has_no_warnings():
+    assert own_report.warnings_of(report_of({})) == []
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (report_of({}, reached=False), "was not reached"),
+        (report_of({"forget_loss": 3.1}), "in bfloat16 moved the forget loss from 3.00 to 3.10"),
+        (report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
+        (report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
+        (report_of({}, reference=None), "no retrained reference"),
+        (report_of({"holdout_loss": None}), "no holdout file"),
+        (report_of({"retain_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
+        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, more than in the reference"),
+        (report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
+        (report_of({"membership_auc": 0.55}), "attack by loss still finds the texts: AUC 0.55 and not 0.50"),
+        (report_of({"membership_auc_min_k": 0.4}), "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50"),
+        (report_of({"exposure_bits": [5.0]}), "secret 1 still stands out, with 5.0 bits"),
+        (report_of({"exposure_bits": [None]}), "secret 1 could not be measured"),
+        (report_of({}, before={"exposure_bits": [1.0]}), "secret 1 did not stand out before"),
+        (report_of({}, before={"membership_auc_error": 0.3}), "even before, the texts .* were not told"),
+    ],
+)
+def test_each_fault_has_its_warning(report, message):
+    [warning] = own_report.warnings_of(report)
+    assert re.search(message, warning)

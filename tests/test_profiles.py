@@ -1,0 +1,97 @@
+import dataclasses
+
+import pytest
+import torch
+from helpers import TINY, random_sequences, tiny_model
+
+from unlearnlib import experiment, models, profiles, training, weights
+from unlearnlib.data import load_corpus
+from unlearnlib.sequences import make_splits, train_tokenizer
+from unlearnlib.training import Run, Training
+
+
+@pytest.mark.parametrize("name", profiles.PROFILES)
+def test_real_model_takes_a_pretrained_model_with_its_own_tokenizer(name):
+    settings = profiles.real_model(profiles.get_profile(name))
+    assert isinstance(settings.model, str)
+    assert settings.vocabulary is None
+    assert settings.name == name
+    assert settings.corpus == "tales"
+    other = profiles.real_model(settings, "some/model@main", 3)
+    assert (other.model, other.last_blocks) == ("some/model@main", 3)
+    assert other.forget == settings.forget
+
+
+@pytest.mark.parametrize("name", profiles.PROFILES)
+def test_the_tales_hold_enough_text_for_every_real_model(name):
+    settings = profiles.real_model(profiles.get_profile(name))
+    corpus = load_corpus("tales")
+    # A tokenizer of 4,096 entries makes some more tokens of a text than one of 50,000, but not twice as many.
+    tokenizer = train_tokenizer(corpus["text"], 4096)
+    numbers = {part: getattr(settings, part) for part in ("forget", "retain", "holdout")}
+    for seed in settings.seeds:
+        splits = make_splits(
+            corpus, tokenizer, length=settings.length + settings.length // 3, seed=seed, **numbers
+        )
+        assert len(splits.retain) == settings.retain
+
+
+def test_only_the_last_blocks_are_trained_and_edited(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
+    run = Run(TINY, random_sequences(8), Training(epochs=2, batch_size=4, learning_rate=1e-2), 0, last_blocks=1)
+    before, after = models.load_model(TINY, seed=0), training.load_trained(run)
+    assert {name for name in weights.parameters(after) if ".layers.1." not in name} == set()
+    changed = {
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert changed == set(weights.parameters(after))
+    assert run.folder != Run(run.source, run.sequences, run.training, run.seed).folder
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+def test_the_last_blocks_are_found_in_every_architecture(architecture):
+    model = tiny_model(architecture)
+    total = len(weights.parameters(model))
+    models.train_last_blocks(model, 1)
+    one = len(weights.parameters(model))
+    model = tiny_model(architecture)
+    models.train_last_blocks(model, 2)
+    assert 0 < one < total
+    assert len(weights.parameters(model)) == 2 * one < total
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_model_of_two_blocks_has_no_other_number_to_train(number):
+    with pytest.raises(ValueError, match=f"last {number} of 2 blocks"):
+        models.train_last_blocks(tiny_model(), number)
+
+
+def test_a_case_trains_all_its_models_alike():
+    settings = profiles.real_model(profiles.get_profile("quick"))
+    sequences = random_sequences(3)
+    splits = experiment.Splits(
+        sequences[:1], sequences[1:2], sequences[2:], {n: [] for n in ("forget", "retain", "holdout")}
+    )
+    runs = experiment.Case(settings, 0, None, splits).runs()
+    assert {run.last_blocks for run in runs.values()} == {settings.last_blocks}
+
+
+@pytest.mark.parametrize("name", ["quick", "cpu", "gpu"])
+def test_architectures_differ_in_the_model_alone(name):
+    settings = profiles.get_profile(name)
+    found = profiles.architectures(settings)
+    assert set(found) == {"OPT", "GPT-2", "Llama"}
+    everything = [profile for sizes in found.values() for profile in sizes]
+    assert len({dataclasses.replace(profile, model="any") for profile in everything}) == 1
+    assert everything[0].seeds == settings.seeds[:1]
+    if name == "gpu":
+        names = [profile.model for profile in everything]
+        assert len(set(names)) == 9
+        assert all(len(name.partition("@")[2]) == 40 for name in names)  # pinned to a commit
+        return
+    for sizes in found.values():
+        counts = [models.parameter_count(models.load_model(size.model, device="meta")) for size in sizes]
+        assert counts == sorted(set(counts))
+        assert len({size.model["model_type"] for size in sizes}) == 1
