@@ -6,7 +6,18 @@ import pandas as pd
 import pytest
 import torch
 
-from unlearnlib import experiment, gradient_ascent, matching, measures, models, profiles, results, weights
+from unlearnlib import (
+    experiment,
+    extraction,
+    gradient_ascent,
+    matching,
+    measures,
+    models,
+    profiles,
+    results,
+    rounding,
+    weights,
+)
 from unlearnlib.training import Training
 
 TINY_PROFILE = dataclasses.replace(
@@ -63,6 +74,24 @@ def test_a_report_says_what_the_measures_say(cases):
     assert table.query("metric == 'relearned_nats'")["value"].item() == 0  # against itself
     assert set(table.columns) == set(results.COLUMNS) - {"exhibit"}
     assert (table["model"] == "opt-16x1").all()
+
+
+def test_rounding_and_extraction_are_measured_where_they_are_asked_for(cases):
+    case = cases[0]
+    original = case.original()
+    plain = experiment.Report(case, case.retrained()).measure("original", original)
+    values = experiment.Report(case, case.retrained(), rounding=True, extraction=True).measure(
+        "original", original
+    )
+    more = {
+        f"{metric}_{bits}bit" for metric in ("forget_loss", "holdout_loss", "membership_auc") for bits in (4, 8)
+    }
+    assert values.keys() - plain.keys() == more | {"extraction_el10"}
+    coarse = rounding.rounded(original, 4)
+    assert values["holdout_loss_4bit"] == pytest.approx(measures.mean_loss(coarse, case.splits.holdout), rel=1e-5)
+    gaps = [abs(values[f"forget_loss_{bits}bit"] - values["forget_loss"]) for bits in (4, 8)]
+    assert gaps[0] > gaps[1]
+    assert values["extraction_el10"] == extraction.extraction_likelihood(original, case.splits.forget)
 
 
 def test_curvature_and_choices_see_different_parts_of_the_retain_set(cases):

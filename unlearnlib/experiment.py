@@ -109,13 +109,14 @@ class Report:
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
     are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
-    time these took. With ``thorough`` the models are also measured with their weights rounded to 8 and 4 bits,
-    and by what greedy continuation brings out of the forget sequences.
+    time these took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and
+    4 bits, where ``extraction`` is set by what greedy continuation brings out of the forget sequences.
     """
 
     case: Case
     retrained: PreTrainedModel
-    thorough: bool = False
+    rounding: bool = False
+    extraction: bool = False
     shares: tuple[float, ...] = SHARES
     rows: list[dict[str, Any]] = field(default_factory=list)
     frontier: list[dict[str, Any]] = field(default_factory=list)
@@ -166,16 +167,17 @@ class Report:
             ),
             "loss_correlation": measures.loss_correlation(forget.mean(dim=1), self.retrained_losses),
             "memorisation_accuracy": measures.token_accuracy(model, splits.forget),
-            **(self._more(model) if self.thorough else {}),
+            **(self._with_rounding(model) if self.rounding else {}),
             **extra,
         }
+        if self.extraction:
+            values["extraction_el10"] = extraction.extraction_likelihood(model, splits.forget)
         self.rows += list(self._tidy(method, values))
         return values
 
-    def _more(self, model: PreTrainedModel) -> dict[str, float]:
-        """What takes longer: extraction, and losses and AUC of the model with its weights rounded."""
-        splits = self.case.splits
-        values = {"extraction_el10": extraction.extraction_likelihood(model, splits.forget)}
+    def _with_rounding(self, model: PreTrainedModel) -> dict[str, float]:
+        """Losses and AUC of the model with its weights rounded."""
+        splits, values = self.case.splits, {}
         for bits in (8, 4):
             coarse = rounded(model, bits)
             forget, holdout = (

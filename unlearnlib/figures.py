@@ -43,6 +43,8 @@ METHOD_STYLES = {
     "fisher_diagonal:true": {"color": SKY, "marker": "x", "linestyle": "--"},
     "kfac": {"color": GREEN, "marker": "^"},
     "kfac:held": {"color": GREEN, "marker": "*", "linestyle": "--"},
+    "kfac:damped": {"color": GREEN, "marker": "s", "linestyle": "--"},
+    "kfac:steps": {"color": ORANGE, "marker": "p"},
     "kfac:stale": {"color": GREEN, "marker": "v", "linestyle": "--"},
     "kfac:difference": {"color": BLACK, "marker": "P"},
     "kfac:difference-stale": {"color": BLACK, "marker": "X", "linestyle": "--"},
