@@ -80,3 +80,8 @@ def test_a_table_for_reading_puts_every_number_in_its_place():
     assert shown.loc["b"].tolist() == ["5.0 [5.0, 5.0]", "1.5 [1.0, 2.0]"]
     assert results.mean_text([1.25]) == "1.25"
     assert results.mean_text([-0.001, -0.001]) == "0.00 [0.00, 0.00]"
+
+
+def test_methods_have_names_for_people():
+    assert results.method_label("gradient_ascent:adam") == "gradient ascent (adam)"
+    assert results.method_label("kfac:held") == "K-FAC (held)"

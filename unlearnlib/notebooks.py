@@ -23,7 +23,7 @@ import yaml
 from unlearnlib.cache import atomic_file, file_hash, json_hash
 
 # GiB of memory a notebook may need, by profile. One of the gpu profile has the machine to itself.
-MEMORY = {"quick": 4.0, "cpu": 10.0, "gpu": float("inf")}
+MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
 THREADS = 1  # per notebook: over more threads, sums come out in another order, and so do the numbers
 PROGRESS_SECONDS = 30.0
 
