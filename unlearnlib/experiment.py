@@ -47,6 +47,18 @@ class Case:
         """The other retain sequences: curvature is estimated on these."""
         return self.splits.retain[: -(len(self.splits.retain) // 8)]
 
+    def rows(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """The measured ``values``, by metric, of a model of this case as rows of a results table."""
+        for metric, value in values.items():
+            yield {
+                "corpus": self.profile.corpus,
+                "model": model_name(self.profile),
+                "method": method,
+                "seed": self.seed,
+                "metric": metric,
+                "value": value,
+            }
+
     def runs(self) -> dict[str, Run]:
         """The training runs behind the three models."""
         profile, splits = self.profile, self.splits
@@ -172,7 +184,7 @@ class Report:
         }
         if self.extraction:
             values["extraction_el10"] = extraction.extraction_likelihood(model, splits.forget)
-        self.rows += list(self._tidy(method, values))
+        self.rows += list(self.case.rows(method, values))
         return values
 
     def _with_rounding(self, model: PreTrainedModel) -> dict[str, float]:
@@ -197,7 +209,7 @@ class Report:
         curve = self.retrained_curve if model is self.retrained else self._relearn(model)
         self.curves[method] = curve
         fall = relearning.fall(curve) - relearning.fall(self.retrained_curve)
-        self.rows += list(self._tidy(method, {"relearned_nats": fall}))
+        self.rows += list(self.case.rows(method, {"relearned_nats": fall}))
 
     def _relearn(self, model: PreTrainedModel) -> list[float]:
         profile = self.case.profile
@@ -238,18 +250,6 @@ class Report:
         return self.follow(
             method, model, lambda loss: matching.match_direction(model, start, direction, forget, loss)
         )
-
-    def _tidy(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
-        profile = self.case.profile
-        for metric, value in values.items():
-            yield {
-                "corpus": profile.corpus,
-                "model": model_name(profile),
-                "method": method,
-                "seed": self.case.seed,
-                "metric": metric,
-                "value": value,
-            }
 
 
 def sweep_damping(
@@ -302,7 +302,7 @@ def frontier_table(reports: Iterable[Report]) -> pd.DataFrame:
         for point in (origin, *report.frontier):
             for name in ("forget", "holdout"):
                 excess = point[name] - values["retrained", f"{name}_loss"]
-                row = next(report._tidy(point["method"], {f"{name}_excess": excess}))
+                row = next(report.case.rows(point["method"], {f"{name}_excess": excess}))
                 rows.append(row | {"share": point["share"]})
     return pd.DataFrame(rows)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Adam
 from transformers import PreTrainedModel
 
-from unlearnlib import experiment, gradient_ascent, measures
+from unlearnlib import gradient_ascent, measures
 from unlearnlib.curvature import Curvature
 from unlearnlib.experiment import Case
 from unlearnlib.fisher_updates import Build, forgetting_noise, removal_direction
@@ -125,14 +125,7 @@ class Series:
         return values
 
     def _keep(self, method: str, request: int, values: dict[str, float]) -> None:
-        settings = {
-            "corpus": self.case.profile.corpus,
-            "model": experiment.model_name(self.case.profile),
-            "method": method,
-            "seed": self.case.seed,
-            "request": request,
-        }
-        self.rows += [settings | {"metric": metric, "value": value} for metric, value in values.items()]
+        self.rows += [row | {"request": request} for row in self.case.rows(method, values)]
 
 
 def ascent_step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
