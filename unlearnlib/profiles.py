@@ -55,9 +55,9 @@ PROFILES = {
         vocabulary=2048,
         length=64,
         forget=64,
-        retain=1984,
-        holdout=512,
-        training=Training(epochs=15, learning_rate=1e-3),
+        retain=960,
+        holdout=256,
+        training=Training(epochs=10, learning_rate=2e-3),
         seeds=(0, 1, 2, 3, 4),
     ),
     "gpu": Profile(
