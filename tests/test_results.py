@@ -85,3 +85,46 @@ def test_a_table_for_reading_puts_every_number_in_its_place():
 def test_methods_have_names_for_people():
     assert results.method_label("gradient_ascent:adam") == "gradient ascent (adam)"
     assert results.method_label("kfac:held") == "K-FAC (held)"
+
+
+def test_a_rerun_agrees_where_its_mean_lies_in_the_references_interval():
+    reference = pd.concat(
+        [
+            table([1.0, 2.0, 3.0]).assign(size=4.0),
+            table([1.0, 2.0, 3.0], method="other").assign(size=float("nan")),
+            table([5.0], metric="single").assign(size=4.0),
+            table([7.0, 7.0], metric="constant").assign(size=4.0),
+        ]
+    )
+    low, high = results.bootstrap_interval([1.0, 2.0, 3.0])
+    rerun = reference.copy()
+    rerun.loc[rerun["method"] == "other", "value"] += high - 2.0 + 0.01
+    found = results.agreement(rerun, reference)
+    assert found["agrees"].to_dict() == {
+        ("c", "x", "m", "loss", "4.0"): True,
+        ("c", "x", "other", "loss", "nan"): False,
+        ("c", "x", "m", "constant", "4.0"): True,
+    }
+    assert found.iloc[0].to_dict() == {"rerun": 2.0, "reference": 2.0, "low": low, "high": high, "agrees": True}
+    lacking = results.agreement(rerun[rerun["metric"] != "constant"], reference)
+    assert not lacking["agrees"].to_dict()["c", "x", "m", "constant", "4.0"]
+
+
+def test_a_run_of_the_reference_profile_is_checked_and_others_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "REFERENCE", tmp_path / "reference")
+    frame = pd.concat([table([1.0, 2.0, 3.0], metric=f"metric {i}") for i in range(10)])
+    for folder in ("reference", "same", "changed"):
+        (tmp_path / folder).mkdir()
+    results.write_results(frame, tmp_path / "reference", "one")
+    results.write_results(frame, tmp_path / "same", "one")
+    results.write_results(table([1.0]), tmp_path / "reference", "single")
+    results.write_results(table([1.0]), tmp_path / "same", "single")
+    said = results.compare_with_reference("cpu", tmp_path / "same", "one", "single", "new").data
+    assert "`one`: 10 of 10 means" in said
+    assert "`single` is of a single seed" in said
+    assert "`new` has no reference results yet" in said
+    frame.loc[frame["metric"].isin(["metric 3", "metric 7"]), "value"] += 5
+    results.write_results(frame, tmp_path / "changed", "one")
+    with pytest.raises(ValueError, match=r"only 8 of 10 means .* is \('c', 'x', 'm', 'metric 3'\)"):
+        results.compare_with_reference("cpu", tmp_path / "changed", "one")
+    assert "not compared" in results.compare_with_reference("quick", tmp_path / "changed", "one").data

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from pandas.api.typing import SeriesGroupBy
 from scipy import stats
 
 from unlearnlib import cache
 
 COLUMNS = ["exhibit", "corpus", "model", "method", "seed", "metric", "value"]
+
+REFERENCE = Path(__file__).resolve().parents[1] / "book" / "results"
+"""The committed results, one file an exhibit, of a run of the profile :data:`REFERENCE_PROFILE`."""
+
+REFERENCE_PROFILE = "cpu"
 
 
 def write_results(table: pd.DataFrame, folder: str | Path, exhibit: str) -> Path:
@@ -82,6 +89,64 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     frame = pd.DataFrame.from_dict(summary, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index, names=["method", "metric"])
     return frame
+
+
+def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """Does a rerun of an exhibit agree with its reference? A row for each mean over the seeds of the reference.
+
+    Returns columns ``rerun`` and ``reference`` (the means), ``low`` and ``high`` (the 95 % interval of the
+    reference, :func:`bootstrap_interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
+    millionth for rounding. What the reference has of one seed only has no interval and is left out; what the
+    rerun lacks does not agree. Indexed by all columns but seed and value.
+    """
+    settings = [column for column in reference.columns if column not in ("exhibit", "seed", "value")]
+
+    def grouped(table: pd.DataFrame) -> SeriesGroupBy:
+        # As text, in which a setting that is missing equals another that is missing.
+        return table["value"].groupby([table[column].map(str) for column in settings], sort=False)
+
+    again, rows = grouped(rerun).mean(), []
+    for key, values in grouped(reference):
+        if len(values) > 1:
+            low, high = bootstrap_interval(values)
+            slack = 1e-6 * max(abs(low), abs(high))
+            mean = again.get(key, float("nan"))
+            rows.append([*key, mean, values.mean(), low, high, low - slack <= mean <= high + slack])
+    frame = pd.DataFrame(rows, columns=[*settings, "rerun", "reference", "low", "high", "agrees"])
+    return frame.set_index(settings).astype({"agrees": bool})
+
+
+def compare_with_reference(profile: str, folder: str | Path, *exhibits: str) -> Markdown:
+    """Check the results in ``folder`` against the committed ones, and say the outcome in a sentence.
+
+    Another profile than the reference's has other sizes and is not compared.
+    Raises ValueError if less than nine tenths of an exhibit's means agree (see :func:`agreement`), naming one.
+    """
+    if profile != REFERENCE_PROFILE:
+        return Markdown(
+            f"*The reference results in `book/results` are those of the profile `{REFERENCE_PROFILE}`. "
+            f"This run is of the profile `{profile}` and is not compared with them.*"
+        )
+    sentences = []
+    for exhibit in exhibits:
+        if not (REFERENCE / f"{exhibit}.csv").exists():
+            sentences.append(f"`{exhibit}` has no reference results yet.")
+            continue
+        rerun, reference = read_results(folder, exhibit), read_results(REFERENCE, exhibit)
+        found = agreement(rerun, reference)
+        if found.empty:
+            sentences.append(f"`{exhibit}` is of a single seed, which has no interval to compare with.")
+            continue
+        if found["agrees"].mean() < 0.9:
+            worst = found.index[~found["agrees"]][0]
+            raise ValueError(
+                f"{exhibit} does not agree with the reference results in {REFERENCE.name}: only "
+                f"{found['agrees'].sum()} of {len(found)} means lie in their 95 % intervals. The first that does "
+                f"not is {worst}: {found[~found['agrees']].iloc[0].to_dict()}. If this is meant, replace the file."
+            )
+        agreeing = f"{found['agrees'].sum()} of {len(found)}"
+        sentences.append(f"`{exhibit}`: {agreeing} means lie in the 95 % intervals of the reference.")
+    return Markdown(f"*Compared with the reference results in `book/results`. {' '.join(sentences)}*")
 
 
 def mean_text(values: Iterable[float], digits: int = 2) -> str:
