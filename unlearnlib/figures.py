@@ -34,6 +34,7 @@ METHOD_STYLES = {
     "gradient_ascent:sgd": {"color": ORANGE, "marker": "^"},
     "gradient_ascent:adam": {"color": GREEN, "marker": "v"},
     "gradient_difference": {"color": BLUE, "marker": "D"},
+    "npo": {"color": SKY, "marker": "X"},
     "gradient_ascent:kl": {"color": SKY, "marker": "X"},
     "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},

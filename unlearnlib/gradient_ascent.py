@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.measures import log_probabilities, sequence_losses
+from unlearnlib.measures import log_probabilities, sequence_losses, token_losses
 from unlearnlib.weights import Vector, mean_gradient
 
 Loss = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
@@ -41,6 +41,26 @@ def kl_retain_loss(original: PreTrainedModel) -> Loss:
         after = log_probabilities(model, retain)
         kl = F.kl_div(after, before, log_target=True, reduction="none").sum(dim=2).mean()
         return ascent_loss(model, forget, retain) + kl
+
+    return loss
+
+
+def npo_loss(original: PreTrainedModel, beta: float) -> Loss:
+    """Negative preference optimisation, (2/β) log(1 + (p/p₀)^β), averaged over ``forget`` (Zhang et al. 2024).
+
+    p and p₀ are the probabilities of a whole sequence under the model and under ``original``: its log-probability
+    is the sum over its tokens, in nats, and β is in units of one over nats. Never below 0; never looks at
+    ``retain``. Its gradient is that of Σ log p with each sequence weighted by 2p^β/(p^β + p₀^β). For β → 0 the
+    weights are 1, which is ascent. Raises ValueError if β is not positive.
+    """
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"β of NPO must be positive and finite, not {beta}; for β → 0 take ascent_loss")
+
+    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = -token_losses(original, forget).sum(dim=1)
+        log_ratio = -token_losses(model, forget).sum(dim=1) - before
+        return 2 / beta * F.softplus(beta * log_ratio).mean()
 
     return loss
 

