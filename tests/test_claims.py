@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from unlearnlib import claims
+from unlearnlib import claims, results
 from unlearnlib.claims import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from unlearnlib.results import bootstrap_interval, write_results
 
@@ -475,3 +475,13 @@ def test_effects_are_written_with_their_sign():
     assert claims.effect_text(pd.Series({"mean": -0.431, "low": -0.5, "high": 0.004})) == "-0.43 [-0.50, +0.00]"
     assert claims.effect_text(pd.Series({"mean": 1.25, "low": math.nan, "high": math.nan}), 1) == "+1.2"
     assert claims.effect_text(claims.weakest(claims.c1(None))) == "–"
+
+
+def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
+    for path in results.REFERENCE.glob("*.csv"):
+        table = results.read_results(results.REFERENCE, path.stem)
+        assert list(table.columns[: len(results.COLUMNS)]) == results.COLUMNS, path.name
+        assert set(table["exhibit"]) == {path.stem}
+        assert not table.duplicated([name for name in table.columns if name != "value"]).any(), path.name
+    found = claims.conclude(claims.all_tests(results.REFERENCE))
+    assert list(found.index) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
