@@ -110,3 +110,17 @@ def test_what_cannot_be_asked_is_an_error(model, tokenizer):
         questions.option_losses(model, tokenizer, [Question("Answer: ", ("a much longer option",), 0)], 4)
     with pytest.raises(ValueError, match="token in common"):
         questions.option_losses(model, tokenizer, [Question("Question: How man", ("y",), 0)], 64)
+
+
+def test_a_question_fits_where_its_options_can_be_scored(model, tokenizer):
+    question = Question("Question: How many eggs has hen 3?\nAnswer: ", ("21", "1 and 2 and 21 and 3"), 0)
+    found = []
+    for length in range(1, 30):
+        found.append(questions.fits(tokenizer, question, length))
+        if found[-1]:
+            questions.option_losses(model, tokenizer, [question], length)
+        else:
+            with pytest.raises(ValueError, match=f"do not fit {length} tokens"):
+                questions.option_losses(model, tokenizer, [question], length)
+    assert found == sorted(found)
+    assert len(set(found)) == 2

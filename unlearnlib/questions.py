@@ -65,6 +65,12 @@ def other_numbers(answer: str, number: int, generator: random.Random) -> list[st
     return [f"{sign}{n}{point}{fraction}" for n in others]
 
 
+def fits(tokenizer: PreTrainedTokenizerBase, question: Question, length: int) -> bool:
+    """Whether the longest option leaves room for a token of the prompt within ``length`` tokens."""
+    longest = max(len(_tokens(tokenizer, question.prompt + option)) for option in question.options)
+    return longest - len(_tokens(tokenizer, question.prompt.rstrip())) < length
+
+
 def option_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
