@@ -1,16 +1,14 @@
 """Every rule on small tables made up here: change the results, and the verdict changes."""
 
-import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from unlearnlib import claims, results
-from unlearnlib.claims import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from unlearnlib import claims, results, verdicts
 from unlearnlib.results import bootstrap_interval, write_results
+from unlearnlib.verdicts import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
 SEEDS = range(5)
 WIGGLE = np.array([0.00, 0.02, -0.01, 0.03, -0.02])  # differs by seed, by less than the effects below
@@ -51,7 +49,7 @@ ONE = ("reuters",)
 
 def outcome(tests):
     """The verdict on the one claim of a table of tests."""
-    [found] = claims.conclude(tests)
+    [found] = verdicts.conclude(tests)
     return found
 
 
@@ -59,51 +57,6 @@ def at(tests, **where):
     """The one row of a table of tests that has these values."""
     [index] = tests.index[np.logical_and.reduce([tests[name] == value for name, value in where.items()])]
     return tests.loc[index]
-
-
-# The verdict
-
-
-@pytest.mark.parametrize(
-    ("interval", "rule", "expected"),
-    [
-        ((-0.2, -0.1), claims.below(), REPRODUCED),
-        ((0.1, 0.2), claims.below(), NOT_REPRODUCED),
-        ((-0.1, 0.2), claims.below(), INCONCLUSIVE),
-        ((-0.1, 0.0), claims.below(), INCONCLUSIVE),
-        ((0.0, 0.0), claims.below(), INCONCLUSIVE),
-        ((-0.2, -0.1), claims.below(-0.3), NOT_REPRODUCED),
-        ((-0.2, -0.1), claims.below(-0.15), INCONCLUSIVE),
-        ((0.1, 0.2), claims.above(), REPRODUCED),
-        ((-0.2, -0.1), claims.above(), NOT_REPRODUCED),
-        ((math.nan, math.nan), claims.below(), INCONCLUSIVE),
-        ((math.nan, math.nan), claims.above(), INCONCLUSIVE),
-    ],
-)
-def test_verdict_is_where_the_interval_lies(interval, rule, expected):
-    assert claims.verdict(interval, rule) == expected
-
-
-def test_one_failure_fails_a_claim_and_one_doubt_leaves_it_open():
-    assert claims.combine([REPRODUCED] * 3) == REPRODUCED
-    assert claims.combine([REPRODUCED, INCONCLUSIVE]) == INCONCLUSIVE
-    assert claims.combine([REPRODUCED, INCONCLUSIVE, NOT_REPRODUCED]) == NOT_REPRODUCED
-    assert claims.combine([REPRODUCED, NOT_RUN]) == NOT_RUN
-    assert claims.combine([NOT_RUN, NOT_REPRODUCED]) == NOT_REPRODUCED
-    with pytest.raises(ValueError, match="at least one test"):
-        claims.combine([])
-
-
-def test_intervals_of_five_against_all_resamples_and_the_textbook():
-    values = np.array([0.3, -0.1, 0.4, 0.25, 0.05])
-    means = [np.mean(draw) for draw in itertools.product(values, repeat=5)]  # all 5^5 resamples, none at random
-    np.testing.assert_allclose(bootstrap_interval(values), np.quantile(means, [0.025, 0.975]), atol=0.011)
-    half = 2.7764451052 * values.std(ddof=1) / math.sqrt(5)  # the 97.5 % point of t with 4 degrees, from a table
-    np.testing.assert_allclose(claims.t_interval(values), [values.mean() - half, values.mean() + half])
-    test = stats.ttest_rel(values + 7, np.full(5, 7.0)).confidence_interval(0.95)
-    np.testing.assert_allclose(claims.t_interval(values), [test.low, test.high])
-    assert all(np.isnan(claims.t_interval([1.0])))
-    assert claims.t_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
 # C1, C2 and C3
@@ -429,7 +382,7 @@ def test_c7_names_what_is_missing():
 
 def test_folder_of_results(tmp_path):
     tests = claims.all_tests(tmp_path)
-    assert dict(claims.conclude(tests)) == {f"C{number}": NOT_RUN for number in range(1, 8)}
+    assert dict(verdicts.conclude(tests)) == {f"C{number}": NOT_RUN for number in range(1, 8)}
     assert set(tests["verdict"]) == {NOT_RUN}
     whole = matched(WINS, corpora=("posts",), repeats=0)
     single = exposures(2.5 + WIGGLE).query("repeats > 0")
@@ -444,11 +397,11 @@ def test_folder_of_results(tmp_path):
     for exhibit, table in tables.items():
         write_results(table, tmp_path, exhibit)
     tests = claims.all_tests(tmp_path)
-    assert dict(claims.conclude(tests)) == {f"C{number}": REPRODUCED for number in range(1, 8)}
-    assert dict(claims.conclude(tests, "t_verdict"))["C1"] == REPRODUCED
+    assert dict(verdicts.conclude(tests)) == {f"C{number}": REPRODUCED for number in range(1, 8)}
+    assert dict(verdicts.conclude(tests, "t_verdict"))["C1"] == REPRODUCED
     assert set(tests["exhibit"]) == {*tables, "real_model"}
     write_results(private((0.0, 0.2), (1.0, WIGGLE)), tmp_path, "dp_sgd")
-    assert claims.conclude(claims.all_tests(tmp_path))["C7"] == NOT_REPRODUCED
+    assert verdicts.conclude(claims.all_tests(tmp_path))["C7"] == NOT_REPRODUCED
 
 
 def test_bootstrap_and_t_may_disagree():
@@ -456,25 +409,19 @@ def test_bootstrap_and_t_may_disagree():
     table = matched(WINS | {"fisher_recursion": 4.3 + effect, "npo": 4.3, "gradient_ascent": 4.3})
     tests = claims.c1(table, ONE)
     assert outcome(tests) == REPRODUCED
-    assert claims.conclude(tests, "t_verdict")["C1"] == INCONCLUSIVE
+    assert verdicts.conclude(tests, "t_verdict")["C1"] == INCONCLUSIVE
 
 
 def test_weakest_test_is_the_one_that_reaches_furthest_towards_failing():
     wide = claims.c1(matched(WINS | {"npo": 4.35 - 8 * WIGGLE}), ONE)  # the better mean, and the wider interval
     means = wide[wide["decides"]].set_index("against")["mean"]
     assert means["npo"] < means["gradient_difference"]
-    assert claims.weakest(wide)["against"] == "npo"
-    weak = claims.weakest(claims.c1(matched(WINS), ONE))
+    assert verdicts.weakest(wide)["against"] == "npo"
+    weak = verdicts.weakest(claims.c1(matched(WINS), ONE))
     assert (weak["method"], weak["against"]) == ("fisher_recursion", "gradient_difference")
-    assert claims.weakest(claims.c6(exposures(1.2, kfac=9.0)))["method"] == "fisher_recursion"
-    assert claims.weakest(claims.c7(private((0.0, 0.2), (0.5, 0.8))))["method"] == "dp_sgd:1"
-    assert claims.weakest(claims.c1(None))["verdict"] == NOT_RUN
-
-
-def test_effects_are_written_with_their_sign():
-    assert claims.effect_text(pd.Series({"mean": -0.431, "low": -0.5, "high": 0.004})) == "-0.43 [-0.50, +0.00]"
-    assert claims.effect_text(pd.Series({"mean": 1.25, "low": math.nan, "high": math.nan}), 1) == "+1.2"
-    assert claims.effect_text(claims.weakest(claims.c1(None))) == "–"
+    assert verdicts.weakest(claims.c6(exposures(1.2, kfac=9.0)))["method"] == "fisher_recursion"
+    assert verdicts.weakest(claims.c7(private((0.0, 0.2), (0.5, 0.8))))["method"] == "dp_sgd:1"
+    assert verdicts.weakest(claims.c1(None))["verdict"] == NOT_RUN
 
 
 def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
@@ -483,5 +430,5 @@ def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
         assert list(table.columns[: len(results.COLUMNS)]) == results.COLUMNS, path.name
         assert set(table["exhibit"]) == {path.stem}
         assert not table.duplicated([name for name in table.columns if name != "value"]).any(), path.name
-    found = claims.conclude(claims.all_tests(results.REFERENCE))
+    found = verdicts.conclude(claims.all_tests(results.REFERENCE))
     assert list(found.index) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]

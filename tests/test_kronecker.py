@@ -262,15 +262,18 @@ def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size():
     for a, b in zip(first.blocks, again.blocks, strict=True):
         assert torch.equal(a.eigenvalues, b.eigenvalues)
     assert not torch.equal(first.blocks[3].eigenvalues, other.blocks[3].eigenvalues)
-    sums = []
-    for size in (7, 40):
-        found = {}
+    sums, largest = [], []
+    for most in (7 * 4 * VOCABULARY, 10**9):  # numbers of logits, for four predictions a sequence
+        found, sizes = {}, []
 
-        def receive(block, layer, left, right, found=found):
+        def receive(block, layer, left, right, found=found, sizes=sizes):
             found[layer.name] = found.get(layer.name, 0) + right.square().sum()
+            sizes.append(len(right))
 
-        kronecker._fisher_pass(model, sequences, kronecker.find_blocks(model), 0, receive, batch_size=size)
+        kronecker._fisher_pass(model, sequences, kronecker.find_blocks(model), 0, receive, most)
         sums.append(found)
+        largest.append(max(sizes))
+    assert largest == [7, 32]
     for name in sums[0]:
         torch.testing.assert_close(sums[0][name], sums[1][name])
 

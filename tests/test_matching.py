@@ -1,5 +1,6 @@
 import math
 
+import pandas as pd
 import pytest
 import torch
 from helpers import random_sequences, tiny_model
@@ -103,3 +104,28 @@ def test_a_direction_is_followed_to_the_target():
             matching.match_direction(
                 model, start, {n: nowhere * torch.ones_like(v) for n, v in delta.items()}, forget, target
             )
+
+
+def test_the_damping_is_chosen_by_validation_among_those_that_reach_the_target():
+    model, forget, validation = tiny_model(), random_sequences(6), random_sequences(4, seed=1)
+    start = weights.snapshot(model)
+    delta = weights.mean_gradient(model, forget, measures.sequence_losses)
+    target = measures.mean_loss(model, forget) + 0.3
+    where = []
+
+    def directions():  # each is made from a model that stands where it started
+        for damping, turn in ((0.1, 1.0), (1.0, -1.0)):
+            where.append(weights.norm(weights.difference(weights.snapshot(model), start)))
+            yield damping, {name: turn * value for name, value in delta.items()}
+
+    sweep = matching.sweep_damping(model, start, directions(), forget, validation, target)
+    assert where == [0.0, 0.0]
+    assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0
+    matching.match_direction(model, start, delta, forget, target)
+    assert sweep["validation_loss"][0] == pytest.approx(measures.mean_loss(model, validation))
+    sweep = pd.DataFrame(
+        {"damping": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
+    )
+    assert matching.best_damping(sweep) == 2.0
+    with pytest.raises(ValueError, match="widen the grid"):
+        matching.best_damping(sweep.assign(reached=False))

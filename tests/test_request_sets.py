@@ -125,5 +125,5 @@ def test_impossible_requests_are_errors(tokenizer):
         make(tokenizer, sizes=(0, 3))
     with pytest.raises(ValueError, match="ran out in the clustered request of 100"):
         make(tokenizer, sizes=(100,))
-    with pytest.raises(ValueError, match="ran out in the rest of the training set, 2000 sequences of 16"):
+    with pytest.raises(ValueError, match="ran out in the rest of the training set, 2,000 sequences of 16"):
         make(tokenizer, retain=2000)

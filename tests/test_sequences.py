@@ -28,6 +28,19 @@ def test_pack_by_hand():
     assert rows.tolist() == [[1, 2, 3, 0], [4, 0, 5, 6]]
 
 
+def test_encoding_after_a_prefix_continues_it(tokenizer):
+    start, rows = sequences.encode_after(tokenizer, "document 7 says ", ["14", "no such thing"])
+    assert tokenizer.decode(start) == "document 7 says"
+    for row, text in zip(rows, ["14", "no such thing"], strict=True):
+        assert row[: len(start)] == start
+        assert tokenizer.decode(row[len(start) :]) == f" {text}"
+    for prefix, text in (("document 7 sa", "ys"), ("document 7 says", "")):
+        with pytest.raises(ValueError, match="have a token in common or the text has none"):
+            sequences.encode_after(tokenizer, prefix, [text])
+    with pytest.raises(ValueError, match="the prefix is empty"):
+        sequences.encode_after(tokenizer, " ", ["14"])
+
+
 def test_tokenizer_gives_back_any_text_and_is_deterministic(corpus, tokenizer):
     text = "Ünïcode, tabs\tand 漢字 </s"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
@@ -68,7 +81,7 @@ def test_splits_depend_on_the_seed_alone(corpus, tokenizer):
 def test_bad_requests_say_what_is_wrong(corpus, tokenizer):
     with pytest.raises(ValueError, match="forget must be positive, not 0"):
         make(corpus, tokenizer, forget=0)
-    with pytest.raises(ValueError, match=r"too little text for 10,010 sequences .* ran out in the retain split"):
+    with pytest.raises(ValueError, match="ran out in the retain split, 10,000 sequences of 16 tokens"):
         make(corpus, tokenizer, retain=10_000)
     splits = make(corpus, tokenizer)
     with pytest.raises(ValueError, match="the retain split is empty"):

@@ -5,93 +5,19 @@ Each claim has a function that takes its exhibits' tables, as :func:`unlearnlib.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from unlearnlib.results import bootstrap_interval, method_label, read_results
+from unlearnlib.results import method_label, read_results
+from unlearnlib.verdicts import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Rule, above, below, judge, not_run
 
-REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
 PAPERS_OWN, OURS = "fisher_recursion", "kfac"  # the first decides a claim, the second is shown beside it
 FIRST_ORDER = ("gradient_ascent", "gradient_difference", "npo")
 CORPORA = ("reuters", "tales", "socialiqa", "maths")
 TUNED_ON = "reuters"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Where the claim ``holds`` and where it ``fails``: two open intervals (from, to) of effects."""
-
-    holds: tuple[float, float]
-    fails: tuple[float, float]
-
-
-def below(limit: float = 0.0) -> Rule:
-    """The claim that an effect is below ``limit``."""
-    return Rule((-math.inf, limit), (limit, math.inf))
-
-
-def above(limit: float = 0.0) -> Rule:
-    """The claim that an effect is above ``limit``."""
-    return Rule((limit, math.inf), (-math.inf, limit))
-
-
-def verdict(interval: tuple[float, float], rule: Rule) -> str:
-    """Reproduced if all of ``interval`` lies where the claim holds, not reproduced if all of it where it fails.
-
-    Anything else is inconclusive, an unknown interval (NaN, of a single seed) among it.
-    """
-    low, high = interval
-    if rule.holds[0] < low and high < rule.holds[1]:
-        return REPRODUCED
-    if rule.fails[0] < low and high < rule.fails[1]:
-        return NOT_REPRODUCED
-    return INCONCLUSIVE
-
-
-def combine(verdicts: Iterable[str]) -> str:
-    """One verdict from those of all tests of a claim, each of which must be reproduced for the claim to be."""
-    verdicts = list(verdicts)
-    if not verdicts:
-        raise ValueError("a claim needs at least one test")
-    for outcome in (NOT_REPRODUCED, NOT_RUN, INCONCLUSIVE):
-        if outcome in verdicts:
-            return outcome
-    return REPRODUCED
-
-
-def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of a mean, exact for normal values; NaN for fewer than two values."""
-    values = np.asarray(list(values), dtype=float)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return bootstrap_interval(values)
-    low, high = stats.t.interval(level, len(values) - 1, values.mean(), stats.sem(values))
-    return float(low), float(high)
-
-
-def conclude(tests: pd.DataFrame, column: str = "verdict") -> pd.Series:
-    """The verdict on each claim of a table of tests, from those of its tests that decide."""
-    return tests[tests["decides"]].groupby("claim", sort=False)[column].agg(combine)
-
-
-def weakest(tests: pd.DataFrame) -> pd.Series:
-    """A claim's deciding test whose interval, or else mean, reaches furthest towards where the claim fails."""
-    deciding = tests[tests["decides"]]
-    low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
-    inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
-    return deciding.loc[inside.idxmin() if inside.notna().any() else deciding.index[0]]
-
-
-def effect_text(test: pd.Series, digits: int = 2) -> str:
-    """Write the effect of one test, as in ``-0.43 [-0.51, -0.40]``; a dash where nothing was measured."""
-    mean, low, high = (f"{round(test[name], digits) + 0.0:+.{digits}f}" for name in ("mean", "low", "high"))
-    if math.isnan(test["mean"]):
-        return "–"
-    return mean if math.isnan(test["low"]) else f"{mean} [{low}, {high}]"
 
 
 def all_tests(folder: str | Path) -> pd.DataFrame:
@@ -156,7 +82,7 @@ def c4(architectures: pd.DataFrame | None, real_model: pd.DataFrame | None = Non
     """
     methods = {"method": OURS, "against": "gradient_ascent"}
     if architectures is None:
-        rows = [_not_run("C4", "architectures", **methods)]
+        rows = [not_run("C4", "architectures", **methods)]
     else:
         rows = []
         groups = {"all models": architectures} | dict(list(architectures.groupby("architecture")))
@@ -165,7 +91,7 @@ def c4(architectures: pd.DataFrame | None, real_model: pd.DataFrame | None = Non
             decides = name == "all models"
             rows.append(at_equal_forgetting("C4", found, **methods, over="model", decides=decides, **labels))
     if real_model is None:
-        rows.append(_not_run("C4", "real_model", decides=False, **methods))
+        rows.append(not_run("C4", "real_model", decides=False, **methods))
     else:
         labels = {"exhibit": "real_model", "corpus": _names(real_model, "corpus")}
         labels |= {"model": _names(real_model, "model"), "decides": False}
@@ -180,7 +106,7 @@ def c5(table: pd.DataFrame | None) -> pd.DataFrame:
     of what ascent is above it. Noise alone is shown beside it.
     """
     if table is None:
-        return pd.DataFrame([_not_run("C5", "repeated_requests", method="fisher_forgetting")])
+        return pd.DataFrame([not_run("C5", "repeated_requests", method="fisher_forgetting")])
     readings = ("fisher_forgetting", "fisher_forgetting:noise")
     request = _setting(table, "request")
     last = table[request == request.max()]
@@ -193,7 +119,7 @@ def c5(table: pd.DataFrame | None) -> pd.DataFrame:
         for against, limit in ((OURS, excess[OURS]), ("¼ gradient_ascent", excess["gradient_ascent"] / 4)):
             effect = excess[reading] - limit
             decides = reading == readings[0]
-            rows.append(_test(effect, below(), decides=decides, method=reading, against=against, **labels))
+            rows.append(judge(effect, below(), decides=decides, method=reading, against=against, **labels))
     return pd.DataFrame(rows)
 
 
@@ -203,7 +129,7 @@ def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
     The mean is over the planted secrets, the rows with ``repeats`` above 0.
     """
     if table is None:
-        return pd.DataFrame([_not_run("C6", "case_secrets", method=PAPERS_OWN, against="retrained", unit="bits")])
+        return pd.DataFrame([not_run("C6", "case_secrets", method=PAPERS_OWN, against="retrained", unit="bits")])
     repeats = _setting(table, "repeats")
     methods = [PAPERS_OWN, OURS]
     exposure = _wide(table[repeats > 0], "exposure_bits", ["original", "retrained", *methods])
@@ -212,7 +138,7 @@ def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
     rows = []
     for method in methods:
         effect = exposure[method] - exposure["retrained"]
-        row = _test(
+        row = judge(
             effect,
             Rule((-bits, bits), (bits, math.inf)),
             allowed=() if missed[method].any() else (REPRODUCED, NOT_REPRODUCED),
@@ -238,7 +164,7 @@ def c7(table: pd.DataFrame | None) -> pd.DataFrame:
     the claim holds there as well. Infinite ``epsilon``, no privacy, does not count.
     """
     if table is None:
-        return pd.DataFrame([_not_run("C7", "dp_sgd", method="dp_sgd", against=OURS)])
+        return pd.DataFrame([not_run("C7", "dp_sgd", method="dp_sgd", against=OURS)])
     finite = np.isfinite(_setting(table, "epsilon"))
     private = table.loc[finite, ["method", "epsilon"]].drop_duplicates().sort_values("epsilon")["method"].tolist()
     if not private:
@@ -251,10 +177,10 @@ def c7(table: pd.DataFrame | None) -> pd.DataFrame:
         labels |= {"against": OURS, "unit": "nats"}
         free = [method for method in private if memorised[method].mean() <= memorised["original"].mean() / 5]
         for method in free:
-            rows.append(_test(price[method] - price[OURS], above(), method=method, **labels))
+            rows.append(judge(price[method] - price[OURS], above(), method=method, **labels))
         if not free:
             outcome = REPRODUCED if len(memorised) > 1 else INCONCLUSIVE
-            row = _test(pd.Series(dtype=float), above(), method="dp_sgd", **labels)
+            row = judge(pd.Series(dtype=float), above(), method="dp_sgd", **labels)
             row |= {"pairs": len(memorised), "verdict": outcome, "t_verdict": outcome}
             rows.append(row | {"note": "no ε leaves nothing to unlearn"})
     return pd.DataFrame(rows)
@@ -267,7 +193,7 @@ def _second_against_first(
     for corpus in corpora:
         found = None if table is None else table[table["corpus"] == corpus]
         if found is None or found.empty:
-            rows.append(_not_run(claim, exhibit, corpus=corpus, method=PAPERS_OWN, against="first order"))
+            rows.append(not_run(claim, exhibit, corpus=corpus, method=PAPERS_OWN, against="first order"))
             continue
         for method in (PAPERS_OWN, OURS):
             for against in FIRST_ORDER:
@@ -305,7 +231,7 @@ def at_equal_forgetting(
         allowed = [REPRODUCED] if (forget[against] < forget["retrained"]).all() else []
     if over == "model" and (effect >= limit).any():
         allowed = [outcome for outcome in allowed if outcome != REPRODUCED]
-    return _test(
+    return judge(
         effect,
         below(limit),
         allowed,
@@ -337,29 +263,6 @@ def _wide(table: pd.DataFrame, metric: str, methods: Sequence[str], over: str = 
     if wide.empty:
         raise ValueError(f"no {over} has the metric {metric!r} of all of {list(methods)} ({_place(table)})")
     return wide
-
-
-def _test(
-    values: pd.Series,
-    rule: Rule,
-    allowed: Sequence[str] = (REPRODUCED, NOT_REPRODUCED),
-    decides: bool = True,
-    **labels: object,
-) -> dict:
-    """One row of a table of tests; a verdict that is not ``allowed`` becomes inconclusive."""
-    interval, t = bootstrap_interval(values), t_interval(values)
-    outcomes = [verdict(each, rule) for each in (interval, t)]
-    outcomes = [outcome if outcome in allowed else INCONCLUSIVE for outcome in outcomes]
-    row = {"claim": "", "exhibit": "", "corpus": "", "model": "", "method": "", "against": ""}
-    row |= {"mean": values.mean(), "low": interval[0], "high": interval[1], "unit": "nats", "pairs": len(values)}
-    row |= {"agree": int(((rule.holds[0] < values) & (values < rule.holds[1])).sum()), "verdict": outcomes[0]}
-    row |= {"t_low": t[0], "t_high": t[1], "t_verdict": outcomes[1], "decides": decides}
-    return row | {"holds_from": rule.holds[0], "holds_to": rule.holds[1], "note": ""} | labels
-
-
-def _not_run(claim: str, exhibit: str, decides: bool = True, corpus: str = "–", **labels: object) -> dict:
-    row = _test(pd.Series(dtype=float), below(), decides=decides, claim=claim, exhibit=exhibit, corpus=corpus)
-    return row | {"model": "–", "verdict": NOT_RUN, "t_verdict": NOT_RUN} | labels
 
 
 def _setting(table: pd.DataFrame, name: str) -> pd.Series:

@@ -122,13 +122,14 @@ class Report:
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
     are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
     time these took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and
-    4 bits, where ``extraction`` is set by what greedy continuation brings out of the forget sequences.
+    4 bits, where ``extraction`` is set by what greedy continuation brings out of the forget sequences after every
+    so many tokens.
     """
 
     case: Case
     retrained: PreTrainedModel
     rounding: bool = False
-    extraction: bool = False
+    extraction: int | None = None
     shares: tuple[float, ...] = SHARES
     rows: list[dict[str, Any]] = field(default_factory=list)
     frontier: list[dict[str, Any]] = field(default_factory=list)
@@ -183,7 +184,8 @@ class Report:
             **extra,
         }
         if self.extraction:
-            values["extraction_el10"] = extraction.extraction_likelihood(model, splits.forget)
+            found = extraction.extraction_likelihood(model, splits.forget, stride=self.extraction)
+            values["extraction_el10"] = found
         self.rows += list(self.case.rows(method, values))
         return values
 
@@ -250,38 +252,6 @@ class Report:
         return self.follow(
             method, model, lambda loss: matching.match_direction(model, start, direction, forget, loss)
         )
-
-
-def sweep_damping(
-    case: Case,
-    model: PreTrainedModel,
-    start: Vector,
-    directions: Iterable[tuple[float, Vector]],
-    target: float,
-) -> pd.DataFrame:
-    """Match forgetting along the direction of each λ, and see what it costs on the validation sequences.
-
-    ``directions`` are pairs of λ and direction. Returns a row a λ: ``damping``, ``validation_loss`` in nats,
-    ``strength`` and ``reached``. The λ to use is the one with the smallest validation loss among those that
-    reached ``target`` nats; holdout plays no part in it.
-    """
-    rows = []
-    for damping, direction in directions:
-        match = matching.match_direction(model, start, direction, case.splits.forget, target)
-        loss = measures.mean_loss(model, case.validation)
-        rows.append([damping, loss, match.strength, match.reached])
-    return pd.DataFrame(rows, columns=["damping", "validation_loss", "strength", "reached"])
-
-
-def best_damping(sweep: pd.DataFrame) -> float:
-    """The λ of a :func:`sweep_damping` that reached the target at the smallest validation loss.
-
-    Raises ValueError if none did.
-    """
-    reached = sweep[sweep["reached"]]
-    if reached.empty:
-        raise ValueError(f"no damping of {sweep['damping'].tolist()} reaches the target: widen the grid")
-    return float(reached.loc[reached["validation_loss"].idxmin(), "damping"])
 
 
 def results_table(reports: Iterable[Report]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearnlib.measures import batched, token_losses
+from unlearnlib.sequences import encode_after
 
 # Which characters may stand where one of them stands in the secret.
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
@@ -52,21 +53,10 @@ def text_losses(
 
     The sum and not the mean over tokens: texts of one format may differ in their number of tokens, and the sum
     compares their probabilities. Texts with the same number of tokens make a batch, so nothing is padded.
-    White space that ends the prefix is tokenised with the texts, as the tokenizers of language models expect.
 
-    Raises ValueError if the prefix is empty, if it and a text share a token, or if they do not fit the context.
+    Raises ValueError as :func:`unlearnlib.sequences.encode_after`, or if prefix and text do not fit the context.
     """
-    stem = prefix.rstrip()
-    if not stem:
-        raise ValueError("the prefix is empty: the first token needs something to follow, such as the end token")
-    start = _tokens(tokenizer, stem)
-    rows = [_tokens(tokenizer, prefix + text) for text in texts]
-    for text, row in zip(texts, rows, strict=True):
-        if row[: len(start)] != start or len(row) == len(start):
-            raise ValueError(
-                f"the prefix {prefix!r} and the text {text!r} have a token in common or the text has none: "
-                "end the prefix at the end of a word"
-            )
+    start, rows = encode_after(tokenizer, prefix, texts)
 
     def losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
         return token_losses(model, batch)[:, len(start) - 1 :].double().sum(dim=1)
@@ -114,7 +104,3 @@ def expected_exposure(size: int) -> float:
     log2|R| - (1/|R|) Σ_k log2 k = log2|R| - log2(|R|!)/|R|, which rises from 0 towards log2 e = 1.44.
     """
     return largest_exposure(size) - math.lgamma(size + 1) / (size * math.log(2))
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -222,9 +222,12 @@ def _fisher_pass(
     blocks: list[Block],
     seed: int,
     receive: Callable[[Block, Layer, Tensor, Tensor], None],
-    batch_size: int = 32,
+    most_logits: int = 2**26,
 ) -> None:
     """Forward and backward over the sequences with labels drawn from the model.
+
+    In batches of 32, or of fewer where these would have more than ``most_logits``, for several tensors of the
+    logits' size are in memory at once.
 
     ``receive`` gets both sides of each layer's terms, [n, terms, rows] and [n, terms, columns]. The left side of
     an embedding is one-hot, and given by its row numbers, int64 [n, terms]. That of a head is p − e_y, and of it
@@ -247,6 +250,7 @@ def _fisher_pass(
 
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
     uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
+    batch_size = max(1, min(32, most_logits // (uniform.shape[1] * len(head.weight))))
     with capture(model, layers, hand_on):
         for start in range(0, len(sequences), batch_size):
             z = logits(model, sequences[start : start + batch_size])

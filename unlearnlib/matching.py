@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -97,6 +98,38 @@ def match_direction(
     match = match_strength(loss_at, target, start=0.01 * norm(start) / length)
     set_weights(model, start, direction, match.strength)
     return match
+
+
+def sweep_damping(
+    model: PreTrainedModel,
+    start: Vector,
+    directions: Iterable[tuple[float, Vector]],
+    forget: Tensor,
+    validation: Tensor,
+    target: float,
+) -> pd.DataFrame:
+    """Match forgetting along the direction of each λ, and see what it costs on the validation sequences.
+
+    ``directions`` are pairs of λ and direction; ``forget`` is to have the loss ``target`` nats. Returns a row a λ:
+    ``damping``, ``validation_loss`` in nats, ``strength`` and ``reached``. The model is left at ``start``.
+    """
+    rows = []
+    for damping, direction in directions:
+        match = match_direction(model, start, direction, forget, target)
+        rows.append([damping, mean_loss(model, validation), match.strength, match.reached])
+        set_weights(model, start)
+    return pd.DataFrame(rows, columns=["damping", "validation_loss", "strength", "reached"])
+
+
+def best_damping(sweep: pd.DataFrame) -> float:
+    """The λ of a :func:`sweep_damping` that reached the target at the smallest validation loss.
+
+    Raises ValueError if none did.
+    """
+    reached = sweep[sweep["reached"]]
+    if reached.empty:
+        raise ValueError(f"no damping of {sweep['damping'].tolist()} reaches the target: widen the grid")
+    return float(reached.loc[reached["validation_loss"].idxmin(), "damping"])
 
 
 def match_steps(

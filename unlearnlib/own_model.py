@@ -21,8 +21,8 @@ from unlearnlib.curvature import Curvature
 from unlearnlib.fisher import FisherDiagonal
 from unlearnlib.fisher_updates import forgetting_noise, removal_direction
 from unlearnlib.gradient_ascent import ascent_direction, descend, gradient_difference_loss
-from unlearnlib.matching import Match, match_direction, match_steps
-from unlearnlib.own_report import PROBED, Cost, as_markdown, measure, warnings_of
+from unlearnlib.matching import Match, best_damping, match_direction, match_steps, sweep_damping
+from unlearnlib.own_report import PROBED, Meter, as_markdown, measure, warnings_of
 from unlearnlib.own_request import STRENGTHS, Request, prepare
 from unlearnlib.own_texts import Material
 from unlearnlib.streaming import StreamingFisher
@@ -63,10 +63,11 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
         goal = measures.mean_loss(model, forget) + TRIAL if target is None else target
         damping = request.damping
         if damping is None:
-            sweep = sweep_dampings(model, material, start, delta, curvature, goal)
-            reached = {found: loss for found, loss in sweep.items() if loss is not None}
+            directions = ((tried, removal_direction(curvature, delta, tried)) for tried in DAMPINGS)
+            found = sweep_damping(model, start, directions, forget, material.validation, goal)
             # Where no λ gets there, the largest makes the direction that is closest to plain ascent.
-            damping = min(reached, key=reached.__getitem__) if reached else max(DAMPINGS)
+            damping = best_damping(found) if found["reached"].any() else max(DAMPINGS)
+            sweep = {row.damping: row.validation_loss if row.reached else None for row in found.itertuples()}
         direction = removal_direction(curvature, delta, damping)
         if request.method == "fisher_forgetting":
             noise = forgetting_noise(curvature, delta, damping, request.seed)
@@ -87,22 +88,6 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
         return StreamingFisher(model, sequences, v=delta)
     build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
     return build(model, sequences, seed=request.seed)
-
-
-def sweep_dampings(
-    model: PreTrainedModel, material: Material, start: Vector, delta: Vector, curvature: Curvature, goal: float
-) -> dict[float, float | None]:
-    """By λ, the loss on the validation sequences where the forget loss is ``goal`` nats; None if it never is.
-
-    The model is left at ``start``.
-    """
-    sweep = {}
-    for damping in DAMPINGS:
-        direction = removal_direction(curvature, delta, damping)
-        match = match_direction(model, start, direction, material.forget, goal)
-        sweep[damping] = measures.mean_loss(model, material.validation) if match.reached else None
-    set_weights(model, start)
-    return sweep
 
 
 def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
@@ -136,7 +121,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
     model = models.load_model(request.model, dtype="auto", device=device)
     dtype = model.dtype
     model.float()
-    with Cost(device) as cost:
+    with Meter(device) as cost:
         outcome = unlearn(model, material, request, target)
     if not math.isfinite(outcome.match.loss):
         raise FloatingPointError("the unlearned model has no finite loss: take a smaller strength")

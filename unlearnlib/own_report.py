@@ -228,7 +228,7 @@ def number_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-class Cost:
+class Meter:
     """Within the block, time in ``seconds`` and the most memory above that at the start, ``peak_bytes``.
 
     On CUDA that of PyTorch's tensors, else that of the process, looked at twenty times a second.
@@ -237,7 +237,7 @@ class Cost:
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self.peak_bytes = device, 0.0, 0
 
-    def __enter__(self) -> "Cost":
+    def __enter__(self) -> "Meter":
         self._started, self._base = time.perf_counter(), self._used()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

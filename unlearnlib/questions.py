@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearnlib.measures import batched, token_losses
+from unlearnlib.sequences import encode_after
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ def document_questions(corpus: datasets.Dataset, documents: Iterable[str], seed:
         raise ValueError(
             f"these documents have no answers, only {corpus.column_names}: take a corpus of questions"
         )
-    rows = {row["id"]: row for row in corpus}
+    places = {name: place for place, name in enumerate(corpus["id"])}
     generator = random.Random(seed)
     questions = []
     for name in documents:
-        if name not in rows:
+        if name not in places:
             raise ValueError(f"the corpus has no document {name!r}")
-        row = rows[name]
+        row = corpus[places[name]]
         prompt = row["text"].removesuffix(row["answer"])
         options = row.get("options") or [*other_numbers(row["answer"], 3, generator), row["answer"]]
         questions.append(Question(prompt, tuple(options), options.index(row["answer"])))
@@ -66,9 +67,12 @@ def other_numbers(answer: str, number: int, generator: random.Random) -> list[st
 
 
 def fits(tokenizer: PreTrainedTokenizerBase, question: Question, length: int) -> bool:
-    """Whether the longest option leaves room for a token of the prompt within ``length`` tokens."""
-    longest = max(len(_tokens(tokenizer, question.prompt + option)) for option in question.options)
-    return longest - len(_tokens(tokenizer, question.prompt.rstrip())) < length
+    """Whether the longest option leaves room for a token of the prompt within ``length`` tokens.
+
+    Raises ValueError if an option shares a token with the prompt.
+    """
+    stem, rows = encode_after(tokenizer, question.prompt, question.options)
+    return _surplus(rows, length) < len(stem)
 
 
 def option_losses(
@@ -88,15 +92,9 @@ def option_losses(
     """
     rows, spans = [], []
     for question in questions:
-        stem = _tokens(tokenizer, question.prompt.rstrip())
-        full = [_tokens(tokenizer, question.prompt + option) for option in question.options]
-        for option, tokens in zip(question.options, full, strict=True):
-            if tokens[: len(stem)] != stem or len(tokens) == len(stem):
-                raise ValueError(
-                    f"the prompt {question.prompt!r} and the option {option!r} have a token in common"
-                )
-        cut = max(0, max(map(len, full)) - length)
-        if not stem[cut:]:
+        stem, full = encode_after(tokenizer, question.prompt, question.options)
+        cut = _surplus(full, length)
+        if cut >= len(stem):
             raise ValueError(f"the options {question.options} do not fit {length} tokens after a prompt")
         rows += [tokens[cut:] for tokens in full]
         spans += [(len(stem) - cut - 1, len(tokens) - cut - 1) for tokens in full]
@@ -116,5 +114,6 @@ def task_accuracy(
     return sum(hits) / len(hits)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _surplus(rows: Sequence[Sequence[int]], length: int) -> int:
+    """By how many tokens the longest row exceeds ``length``."""
+    return max(0, max(map(len, rows)) - length)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unlearnlib.experiment import Case
 from unlearnlib.profiles import Profile
-from unlearnlib.sequences import Splits, pack
+from unlearnlib.sequences import Splits, deal
 from unlearnlib.training import Run
 
 
@@ -52,47 +52,33 @@ def make_requests(
     Clustered groups take only documents for which ``on_topic`` holds, as many flags as documents, and so do the
     ``related`` sequences, a quarter as many as the profile's ``holdout``; without flags there are neither. All
     groups together with ``profile.retain`` further sequences are the training set: for a single request, whatever
-    is not in its group is to be kept. A document is in one group only, and what its last sequence leaves over is
-    dropped.
+    is not in its group is to be kept. A document is in one group only.
 
     Raises ValueError if a size is not positive or comes twice, or if the documents run out.
     """
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"the sizes of requests must be positive and differ, unlike {list(sizes)}")
     order = np.random.default_rng(seed).permutation(len(corpus)).tolist()
-    texts, ids = corpus["text"], corpus["id"]
     dealt: set[int] = set()
 
-    def deal(pool: Iterator[int], number: int, what: str) -> tuple[Tensor, list[str]]:
-        chosen: list[list[int]] = []
-        names: list[str] = []
-        tokens = 0
-        while tokens < number * profile.length:
-            index = next(pool, None)
-            if index is None:
-                raise ValueError(
-                    f"the documents ran out in the {what}, {number} sequences of {profile.length} tokens: "
-                    "ask for fewer or smaller sets, or take a topic of which there is more"
-                )
-            dealt.add(index)
-            chosen.append(tokenizer(texts[index], add_special_tokens=False, verbose=False)["input_ids"])
-            tokens += len(chosen[-1]) + 1
-            names.append(ids[index])
-        return pack(chosen, tokenizer.eos_token_id, profile.length)[:number], names
+    def deal_names(pool: Iterator[int], number: int, what: str) -> tuple[Tensor, list[str]]:
+        rows, taken = deal(pool, corpus, tokenizer, number, profile.length, what)
+        dealt.update(taken)
+        return rows, corpus[taken]["id"]
 
     groups: dict[tuple[str, int], tuple[Tensor, list[str]]] = {}
     related = torch.empty(0, profile.length, dtype=torch.int64)
     if on_topic is not None:
         pool = (i for i in order if on_topic[i])
-        related, _ = deal(pool, max(1, profile.holdout // 4), "related sequences")
+        related, _ = deal_names(pool, max(1, profile.holdout // 4), "related sequences")
         for size in sizes:
-            groups["clustered", size] = deal(pool, size, f"clustered request of {size}")
+            groups["clustered", size] = deal_names(pool, size, f"clustered request of {size}")
     pool = iter([i for i in order if i not in dealt])
-    holdout = deal(pool, profile.holdout, "holdout set")
+    holdout = deal_names(pool, profile.holdout, "holdout set")
     for size in sizes:
-        groups["random", size] = deal(pool, size, f"random request of {size}")
+        groups["random", size] = deal_names(pool, size, f"random request of {size}")
     # At the end what no request names: validation sequences are taken from there.
-    groups["rest", 0] = deal(pool, profile.retain, "rest of the training set")
+    groups["rest", 0] = deal_names(pool, profile.retain, "rest of the training set")
 
     trained_on = torch.cat([sequences for sequences, _ in groups.values()])
     requests = []

@@ -181,4 +181,4 @@ def method_label(method: str) -> str:
     return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant})" if variant else "")
 
 
-ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "npo": "NPO", "dp_sgd": "DP-SGD"}
+ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "newton_cg": "Newton-CG", "npo": "NPO", "dp_sgd": "DP-SGD"}

@@ -1,6 +1,6 @@
 """From documents to fixed-length token sequences, split by document into forget, retain and holdout."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -75,6 +75,33 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text, and none besides."""
+    # What is too long for a model is cut later on purpose, so the tokenizer's warning about it would mislead.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_after(
+    tokenizer: PreTrainedTokenizerBase, prefix: str, texts: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """The token ids of ``prefix``, and of it and each of ``texts`` together, which begin with the same ids.
+
+    White space that ends the prefix is tokenised with the texts, as the tokenizers of language models expect.
+    Raises ValueError if the prefix is empty, or if it and a text share a token.
+    """
+    if not prefix.rstrip():
+        raise ValueError("the prefix is empty: the first token needs something to follow, such as the end token")
+    start = encode(tokenizer, prefix.rstrip())
+    rows = [encode(tokenizer, prefix + text) for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if row[: len(start)] != start or len(row) == len(start):
+            raise ValueError(
+                f"the prefix {prefix!r} and the text {text!r} have a token in common or the text has none: "
+                "end the prefix at the end of a word"
+            )
+    return start, rows
+
+
 def pack(documents: Iterable[list[int]], end: int, length: int) -> Tensor:
     """Join token lists, each followed by the token ``end``, and cut the stream into rows of ``length`` tokens.
 
@@ -84,6 +111,36 @@ def pack(documents: Iterable[list[int]], end: int, length: int) -> Tensor:
     stream = [token for document in documents for token in (*document, end)]
     rows = len(stream) // length
     return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+def deal(
+    order: Iterator[int],
+    corpus: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    length: int,
+    what: str,
+) -> tuple[Tensor, list[int]]:
+    """Take documents off ``order``, numbers of rows of ``corpus``, until they make ``number`` sequences.
+
+    Returns the sequences [number, length] and the documents' numbers. What the last document has left over is
+    dropped, never passed on, so a document is in one deal only. Raises ValueError, calling the deal ``what``, if
+    the documents run out.
+    """
+    taken: list[int] = []
+    documents: list[list[int]] = []
+    tokens = 0
+    while tokens < number * length:
+        index = next(order, None)
+        if index is None:
+            raise ValueError(
+                f"the documents ran out in the {what}, {number:,} sequences of {length} tokens: "
+                "ask for fewer or shorter sequences, or take a corpus or a topic of which there is more"
+            )
+        taken.append(index)
+        documents.append(encode(tokenizer, corpus[index]["text"]))
+        tokens += len(documents[-1]) + 1
+    return pack(documents, tokenizer.eos_token_id, length)[:number], taken
 
 
 def make_splits(
@@ -96,10 +153,7 @@ def make_splits(
     holdout: int,
     seed: int,
 ) -> Splits:
-    """Shuffle the documents with ``seed`` and deal them to holdout, forget and retain, in that order.
-
-    Each split takes whole documents until it has its number of sequences of ``length`` tokens. What a split's
-    last document has left over is dropped, never passed on, so no document is in two splits.
+    """Shuffle the documents with ``seed`` and :func:`deal` them to holdout, forget and retain, in that order.
 
     Raises ValueError if a number or the length is not positive or the corpus has too little text.
     """
@@ -108,24 +162,9 @@ def make_splits(
         if number < 1:
             raise ValueError(f"{name} must be positive, not {number}")
     order = iter(np.random.default_rng(seed).permutation(len(corpus)).tolist())
-    texts, ids = corpus["text"], corpus["id"]
     sequences: dict[str, Tensor] = {}
     documents: dict[str, list[str]] = {}
     for name, number in wanted.items():
-        chosen: list[list[int]] = []
-        documents[name] = []
-        tokens = 0
-        while tokens < number * length:
-            index = next(order, None)
-            if index is None:
-                raise ValueError(
-                    f"the corpus has too little text for {sum(wanted.values()):,} sequences of {length} tokens: "
-                    f"its {len(corpus):,} documents ran out in the {name} split; "
-                    "ask for fewer or shorter sequences"
-                )
-            # A long text is meant to be cut here, so the tokenizer's warning about it would mislead.
-            chosen.append(tokenizer(texts[index], add_special_tokens=False, verbose=False)["input_ids"])
-            tokens += len(chosen[-1]) + 1
-            documents[name].append(ids[index])
-        sequences[name] = pack(chosen, tokenizer.eos_token_id, length)[:number]
+        sequences[name], taken = deal(order, corpus, tokenizer, number, length, f"{name} split")
+        documents[name] = corpus[taken]["id"]
     return Splits(**sequences, documents=documents)
