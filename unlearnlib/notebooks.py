@@ -22,7 +22,7 @@ import yaml
 
 from unlearnlib.cache import atomic_file, file_hash, json_hash
 
-# GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 07 takes 16, those
+# GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 07 takes 18, those
 # beside it no more than 2. A notebook of the gpu profile has the machine to itself.
 MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
 THREADS = 1  # per notebook: over more threads, sums come out in another order, and so do the numbers
