@@ -86,3 +86,25 @@ def test_smollm2_is_a_language_model():
     english = torch.tensor([english["input_ids"]])
     shuffled = english[:, torch.randperm(english.shape[1], generator=torch.Generator().manual_seed(0))]
     assert measures.mean_loss(model, english) < measures.mean_loss(model, shuffled) - 2
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_half_precision_leaves_a_cpu_in_float32(enabled):
+    a = torch.ones(2, 2)
+    with models.half_precision(torch.device("cpu"), enabled):
+        assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("vectors", "features", "native"),
+    [
+        ("AVX512", {"avx512_bf16": True}, True),
+        ("AVX2", {"avx512_bf16": True}, False),  # PyTorch was told to do without
+        ("AVX512", {"avx512_bf16": False}, False),
+        ("SVE256", {}, False),  # a kind of processor that we do not know
+    ],
+)
+def test_bfloat16_is_native_only_where_that_is_certain(monkeypatch, vectors, features, native):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert models.has_bfloat16(torch.device("cpu")) is native

@@ -28,6 +28,27 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` multiplies matrices in bfloat16 itself; others emulate it, tens of times slower.
+
+    Of a processor that is not known to have the format, False.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    vectors = torch.backends.cpu.get_cpu_capability()  # what PyTorch uses, which may be less than there is
+    return vectors.startswith("AVX512") and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def half_precision(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """Within the block a CUDA device multiplies matrices in bfloat16; a CPU computes in float32 as ever.
+
+    So no result depends on whether a processor knows the format. Weights, their updates, softmax, losses and
+    sums stay in float32. No rounded copies of weights are kept, which an update would leave behind.
+    """
+    enabled = enabled and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False, enabled=enabled)
+
+
 def load_model(
     source: str | Path | dict[str, Any],
     *,

@@ -28,7 +28,7 @@ from unlearnlib.measures import check_length, sequence_losses
 class Training:
     """How to train: AdamW (Loshchilov & Hutter 2019) under one cycle of learning rates (Smith & Topin 2019).
 
-    ``bfloat16`` multiplies matrices in that format; weights, their updates and the loss stay in float32.
+    ``bfloat16`` multiplies matrices in that format on a CUDA device (:func:`unlearnlib.models.half_precision`).
     ``checkpointing`` keeps less of each forward pass and computes the rest again, for models that fill a GPU.
     """
 
@@ -112,7 +112,7 @@ def train(
             epoch, position = divmod(step, steps_per_epoch)
             order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed((seed << 20) + epoch))
             batch = sequences[order[position * training.batch_size : (position + 1) * training.batch_size]]
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=training.bfloat16):
+            with models.half_precision(model.device, training.bfloat16):
                 loss = sequence_losses(model, batch).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -140,6 +140,7 @@ def train(
 CODE = (
     train,
     models.load_model,
+    models.half_precision,
     measures.sequence_losses,
     measures.token_losses,
     measures.log_probabilities,
