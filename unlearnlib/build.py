@@ -84,7 +84,7 @@ def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str
     shutil.copytree(root / "book", staged / "book")
     shutil.copy2(root / "_toc.yml", staged)
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    (staged / "_config.yml").write_text(yaml.safe_dump(_with_repository(config, root)), encoding="utf-8")
+    (staged / "_config.yml").write_text(yaml.safe_dump(with_repository(config, root)), encoding="utf-8")
     (staged / "notebooks").mkdir()
     for job in jobs:
         name = job.source.stem
@@ -115,7 +115,7 @@ def repository(root: Path) -> tuple[str, str] | None:
     return (f"https://{found[1]}/{found[2]}", branch or "main") if found else None
 
 
-def _with_repository(config: dict[str, Any], root: Path) -> dict[str, Any]:
+def with_repository(config: dict[str, Any], root: Path) -> dict[str, Any]:
     """The settings, with buttons to the repository, to Binder and to Colab where there is a repository."""
     found = repository(root)
     if found:
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 execute(root, options.profile, options.only)
         else:
             _say(f"The book is at {make_book(root, options.profile)}")
-    except (BuildError, ValueError, FileNotFoundError) as error:
+    except (BuildError, ValueError, OSError) as error:  # an OSError is a missing file, or a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -28,8 +28,8 @@ from unlearnlib.cache import atomic_file, file_hash, json_hash
 # beside it no more than 2. A notebook of the gpu profile has the machine to itself.
 MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
 THREADS = 1  # per notebook: over more threads, sums come out in another order, and so do the numbers
-# Logits take some MiB. By default glibc gives so much back to the system at once and asks for it again, which costs
-# a training step one sixth of its time. Other C libraries do not know these variables.
+# Logits take some MiB. By default glibc gives so much back to the system at once, only to ask for it again, which
+# costs a training step one sixth of its time. Other C libraries do not know these variables.
 MEMORY_POOL = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
 PROGRESS_SECONDS = 30.0
 # A notebook that takes so long, several times what it takes on a slow machine, hangs and is stopped; by profile.
