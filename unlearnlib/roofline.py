@@ -106,8 +106,9 @@ def routes(
 
     ``number`` bytes a weight and an activation; statistics are in float32, factorisations in float64. Passes take
     ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has ``budget`` bytes
-    for its chunks. The recursions and the dual form start from the gradients that ``sequence_gradients`` has made,
-    and "kfac:request" from built factors and the gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
+    for its chunks, or what one row of a layer's gradients takes. The recursions and the dual form start from the
+    gradients that ``sequence_gradients`` has made, and "kfac:request" from built factors and the gradient of
+    ``forget`` sequences; "retrained:epoch" is one epoch.
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """
@@ -149,6 +150,7 @@ def routes(
     )  # the last batch's logits are still there
     factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
     combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
+    chunk = max(budget, m * max(t + table, 4 * h) * 4)  # at least a row of the widest layer of all sequences
 
     return {
         "gradient": Route([passes(3)], kept(12, 3) + v),
@@ -169,7 +171,7 @@ def routes(
         ),
         "fisher_dual:streaming": Route(
             [passes(3, batch=m), own_gram, decomposition, passes(3, batch=combined)],
-            max(budget + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
+            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
         ),
         "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
         "kfac": Route(factors, factors_bytes),
