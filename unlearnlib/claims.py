@@ -1,4 +1,4 @@
-"""A verdict on each claim of the paper, computed from tables of results by rules that were fixed in advance.
+"""A verdict on each claim of the paper, computed from tables of results by fixed rules.
 
 Each claim has a function that takes its exhibits' tables, as :func:`unlearnlib.results.read_results` returns them
 (or None, where an exhibit has not been run), and makes a row a test. An *effect* is always "method minus against".
