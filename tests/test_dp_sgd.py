@@ -115,6 +115,7 @@ def test_the_tighter_epsilon_is_the_closed_form_and_below_that_of_the_accountant
     found = dp_sgd.tighter_epsilon(noise, 1.0, steps, delta)
     assert gaussian_delta(found, mu) <= delta < gaussian_delta(found - 0.03, mu)
     assert found < dp_sgd.spent_epsilon(noise, 1.0, steps, delta)
+    assert type(found) is float  # what pages format
 
 
 def test_epsilon_of_one_subsampled_step_against_numerical_integration():

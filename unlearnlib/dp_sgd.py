@@ -155,7 +155,7 @@ def tighter_epsilon(noise: float, rate: float, steps: int, delta: float) -> floa
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order", UserWarning)  # of a first guess by Rényi divergences
         warnings.filterwarnings("ignore", "divide by zero", RuntimeWarning)  # log(1 - q) of full batches
-        return accountant.get_epsilon(delta, eps_error=0.01)
+        return float(accountant.get_epsilon(delta, eps_error=0.01))
 
 
 def group_guarantee(privacy: Privacy, size: int) -> tuple[float, float]:
