@@ -237,13 +237,14 @@ def test_c4_shows_the_pretrained_model_and_does_not_rest_on_it():
 # C5
 
 
-def requests(forgetting, noise=5.0, removal=4.5, ascent=6.0):
+def requests(forgetting, noise=5.0, removal=4.5, ascent=6.0, difference=4.2):
     """A table of ``repeated_requests`` with the holdout losses after the last of two requests."""
     end = {
         "fisher_forgetting": forgetting,
         "fisher_forgetting:noise": noise,
         "kfac": removal,
         "gradient_ascent": ascent,
+        "gradient_difference": difference,
         "retrained": 4.0,
     }
     made = []
@@ -265,6 +266,24 @@ def test_c5_both_conditions():
     assert outcome(claims.c5(None)) == NOT_RUN
 
 
+def test_c5_as_a_function_of_the_fraction():
+    """Forgetting's excess is 0.3 and ascent's 2.0: the condition is met from a fraction of 0.15 upwards."""
+    table = requests(4.3 + WIGGLE - WIGGLE.mean())
+    for fraction, expected in ((0.1, NOT_REPRODUCED), (0.15, INCONCLUSIVE), (0.2, REPRODUCED)):
+        test = at(claims.c5(table, fraction), method="fisher_forgetting", against=f"{fraction:g} gradient_ascent")
+        np.testing.assert_allclose(test["mean"], 0.3 - 2.0 * fraction, atol=1e-12)
+        assert test["verdict"] == expected
+
+
+def test_c5_shows_gradient_difference_and_does_not_rest_on_it():
+    tests = claims.c5(requests(4.3 + WIGGLE, difference=4.2))
+    assert outcome(tests) == REPRODUCED
+    for method, effect in (("fisher_forgetting", 0.1 + WIGGLE.mean()), ("kfac", 0.3)):
+        test = at(tests, method=method, against="gradient_difference")
+        np.testing.assert_allclose(test["mean"], effect)
+        assert (test["verdict"], test["decides"]) == (NOT_REPRODUCED, False)
+
+
 def test_c5_shows_noise_alone_and_does_not_rest_on_it():
     tests = claims.c5(requests(4.3 + WIGGLE, noise=5.0 + WIGGLE))
     assert set(tests.loc[tests["method"] == "fisher_forgetting:noise", "verdict"]) == {NOT_REPRODUCED}
@@ -276,49 +295,83 @@ def test_c5_shows_noise_alone_and_does_not_rest_on_it():
 # C6
 
 
-def exposures(recursion, kfac=3.0, reached=1.0):
+def exposures(recursion, kfac=3.0, ascent=6.0, reached=None):
     """A table of ``case_secrets``: exposure by repeats, with the given means; the retrained model's is 2 bits."""
     made = []
     means = {"original": 8.0, "retrained": 2.0, "fisher_recursion": recursion, "kfac": kfac}
+    means |= {"gradient_ascent": ascent, "gradient_difference": 2.2, "npo": 5.0}
     for method, bits in means.items():
         made += rows(method, {"exposure_bits": np.add(bits, -1.5) + 0 * WIGGLE}, "posts", repeats=1)
         made += rows(method, {"exposure_bits": np.add(bits, 1.5) + 0 * WIGGLE}, "posts", repeats=16)
-        values = {"exposure_bits": 99.0, "reached": reached if method == "fisher_recursion" else 1.0}
+        values = {"exposure_bits": 99.0, "reached": (reached or {}).get(method, 1.0)}
         made += rows(method, values, "posts", repeats=0)
     return pd.DataFrame(made)
 
 
+def both(tests):
+    """The verdicts on the sourced claim and on the book's own question."""
+    return tuple(verdicts.conclude(tests))
+
+
 @pytest.mark.parametrize(
-    ("bits", "expected"),
+    ("bits", "sourced", "own"),
     [
-        (2.5 + WIGGLE, REPRODUCED),
-        (1.5 + WIGGLE, REPRODUCED),
-        (3.2 + WIGGLE, NOT_REPRODUCED),
-        (3.0 + WIGGLE - WIGGLE.mean(), INCONCLUSIVE),
-        (0.5 + WIGGLE, INCONCLUSIVE),
+        (2.5 + WIGGLE, REPRODUCED, REPRODUCED),
+        (1.5 + WIGGLE, REPRODUCED, REPRODUCED),
+        (3.2 + WIGGLE, REPRODUCED, NOT_REPRODUCED),  # far lower than before, and above the retrained model's
+        (3.0 + WIGGLE - WIGGLE.mean(), REPRODUCED, INCONCLUSIVE),
+        (0.5 + WIGGLE, REPRODUCED, INCONCLUSIVE),
+        (6.0 + WIGGLE - WIGGLE.mean(), INCONCLUSIVE, NOT_REPRODUCED),  # like ascent
+        (7.0 + WIGGLE, NOT_REPRODUCED, NOT_REPRODUCED),  # lower than before, and above ascent
+        (8.5 + WIGGLE, NOT_REPRODUCED, NOT_REPRODUCED),
     ],
 )
-def test_c6_within_a_bit(bits, expected):
+def test_c6_lower_than_before_and_than_ascent_and_own_within_a_bit(bits, sourced, own):
     tests = claims.c6(exposures(bits))
-    assert outcome(tests) == expected
-    row = at(tests, method="fisher_recursion")
-    np.testing.assert_allclose(row["mean"], np.mean(bits) - 2.0)
-    assert (row["unit"], row["note"]) == ("bits", "before: +6.0 bits")
+    assert both(tests) == (sourced, own)
+    for claim, against, level in (
+        ("C6", "original", 8.0),
+        ("C6", "gradient_ascent", 6.0),
+        ("C6 own", "retrained", 2.0),
+    ):
+        row = at(tests, claim=claim, method="fisher_recursion", against=against)
+        np.testing.assert_allclose(row["mean"], np.mean(bits) - level, atol=1e-12)
+        assert (row["unit"], row["decides"]) == ("bits", True)
+    assert set(tests.loc[tests["claim"] == "C6 own", "note"]) == {"before: +6.0 bits"}
+
+
+def test_c6_is_about_the_papers_opponent_and_shows_the_others():
+    tests = claims.c6(exposures(2.5 + WIGGLE))
+    test = at(tests, claim="C6", method="fisher_recursion", against="gradient_difference")
+    assert (test["verdict"], test["decides"]) == (NOT_REPRODUCED, False)
+    first_order = tests[(tests["claim"] == "C6 own") & tests["method"].isin(claims.FIRST_ORDER)]
+    assert dict(zip(first_order["method"], first_order["verdict"], strict=True)) == {
+        "gradient_ascent": NOT_REPRODUCED,
+        "gradient_difference": REPRODUCED,
+        "npo": NOT_REPRODUCED,
+    }
+    assert not first_order["decides"].any()
 
 
 def test_c6_means_over_secrets():
     table = exposures(2.5).assign(secret=0)
     extra = pd.DataFrame(rows("fisher_recursion", {"exposure_bits": 7.0}, "posts", repeats=16)).assign(secret=1)
-    mean = at(claims.c6(pd.concat([table, extra])), method="fisher_recursion")["mean"]
+    tests = claims.c6(pd.concat([table, extra]))
+    mean = at(tests, claim="C6 own", method="fisher_recursion")["mean"]
     np.testing.assert_allclose(mean, (1.0 + 4.0 + 7.0) / 3 - 2.0)
 
 
 def test_c6_other_conditions():
-    assert outcome(claims.c6(exposures(2.5 + WIGGLE, kfac=7.0))) == REPRODUCED
-    assert outcome(claims.c6(exposures(2.5 + WIGGLE, reached=[1, 1, 1, 1, 0]))) == INCONCLUSIVE
-    assert outcome(claims.c6(exposures(2.5 + WIGGLE), bits=0.4)) == NOT_REPRODUCED
-    assert outcome(claims.c6(exposures(2.5 + WIGGLE).query("seed == 3"))) == INCONCLUSIVE
-    assert outcome(claims.c6(None)) == NOT_RUN
+    assert both(claims.c6(exposures(2.5 + WIGGLE, kfac=7.0))) == (REPRODUCED, REPRODUCED)
+    missed = claims.c6(exposures(2.5 + WIGGLE, reached={"fisher_recursion": [1, 1, 1, 1, 0]}))
+    assert both(missed) == (INCONCLUSIVE, INCONCLUSIVE)
+    by_ascent = claims.c6(exposures(2.5 + WIGGLE, reached={"gradient_ascent": [1, 1, 1, 1, 0]}))
+    assert both(by_ascent) == (INCONCLUSIVE, REPRODUCED)
+    test = at(by_ascent, claim="C6", method="fisher_recursion", against="gradient_ascent")
+    assert test["note"] == "gradient ascent missed its target in 1 of 5"
+    assert both(claims.c6(exposures(2.5 + WIGGLE), bits=0.4)) == (REPRODUCED, NOT_REPRODUCED)
+    assert both(claims.c6(exposures(2.5 + WIGGLE).query("seed == 3"))) == (INCONCLUSIVE, INCONCLUSIVE)
+    assert both(claims.c6(None)) == (NOT_RUN, NOT_RUN)
     with pytest.raises(ValueError, match="lack the metric 'exposure_bits' of the method 'kfac'"):
         claims.c6(exposures(2.5).query("method != 'kfac'"))
     with pytest.raises(ValueError, match="lack the column 'repeats'"):
@@ -341,30 +394,43 @@ def private(memorised, prices, corpus="reuters"):
     return found
 
 
+@pytest.mark.parametrize(
+    ("memorised", "prices", "expected"),
+    [
+        ((0.0, 0.2), (1.0 + WIGGLE, 0.8 + WIGGLE), REPRODUCED),  # a fifth is little enough
+        ((0.0, 0.2), (1.0, WIGGLE), NOT_REPRODUCED),
+        ((0.0, 0.2), (1.0, 0.1 + WIGGLE), INCONCLUSIVE),
+        ((0.0, 0.21), (1.0, WIGGLE), REPRODUCED),  # cheap, but remembers too much
+        ((0.5, 0.9), (1.0, 0.0), REPRODUCED),  # no privacy on the grid is enough
+    ],
+)
+def test_c7_on_a_single_corpus_both_questions_are_one(memorised, prices, expected):
+    table = private(memorised, prices)
+    assert both(claims.c7(table)) == (expected, expected)
+    assert both(claims.c7(table.query("seed == 2"))) == (INCONCLUSIVE, INCONCLUSIVE)
+
+
 def test_c7_prices_of_what_leaves_nothing_to_unlearn():
-    tests = claims.c7(private((0.0, 0.2), (1.0 + WIGGLE, 0.8 + WIGGLE)))  # a fifth is little enough
-    assert outcome(tests) == REPRODUCED
-    assert list(tests["method"]) == ["dp_sgd:1", "dp_sgd:8"]
-    np.testing.assert_allclose(tests["mean"], [0.9 + WIGGLE.mean(), 0.7 + WIGGLE.mean()])
-    assert outcome(claims.c7(private((0.0, 0.2), (1.0, WIGGLE)))) == NOT_REPRODUCED
-    assert outcome(claims.c7(private((0.0, 0.2), (1.0, 0.1 + WIGGLE)))) == INCONCLUSIVE
-    assert outcome(claims.c7(private((0.0, 0.21), (1.0, WIGGLE)))) == REPRODUCED  # cheap, but remembers too much
-    assert outcome(claims.c7(private((0.0, 0.2), (1.0, 0.8)).query("seed == 2"))) == INCONCLUSIVE
-    assert outcome(claims.c7(None)) == NOT_RUN
+    tests = claims.c7(private((0.0, 0.2), (1.0 + WIGGLE, 0.8 + WIGGLE)))
+    own, sourced = tests[tests["claim"] == "C7 own"], tests[tests["claim"] == "C7"]
+    assert list(own["method"]) == ["dp_sgd:1", "dp_sgd:8"]
+    np.testing.assert_allclose(own["mean"], [0.9 + WIGGLE.mean(), 0.7 + WIGGLE.mean()])
+    assert list(sourced["method"]) == ["dp_sgd:8"]  # the weaker of the two stands for both
+    np.testing.assert_allclose(sourced["mean"], [0.7 + WIGGLE.mean()])
+    assert both(claims.c7(None)) == (NOT_RUN, NOT_RUN)
+    assert set(claims.c7(private((0.5, 0.9), (1.0, 0.0)))["note"]) == {"no ε leaves nothing to unlearn"}
 
 
-def test_c7_where_no_privacy_on_the_grid_is_enough():
-    tests = claims.c7(private((0.5, 0.9), (1.0, 0.0)))
-    assert outcome(tests) == REPRODUCED
-    assert list(tests["note"]) == ["no ε leaves nothing to unlearn"]
-    assert outcome(claims.c7(private((0.5, 0.9), (1.0, 0.0)).query("seed == 2"))) == INCONCLUSIVE
-
-
-def test_c7_holds_only_if_it_does_on_every_corpus():
+def test_c7_needs_one_corpus_and_the_own_question_all():
     good, bad = private((0.0, 0.5), (1.0 + WIGGLE, 0.0)), private((0.0, 0.5), (WIGGLE, 0.0), "tales")
-    tests = claims.c7(pd.concat([good, bad]))
-    assert list(tests["verdict"]) == [REPRODUCED, NOT_REPRODUCED]
-    assert outcome(tests) == NOT_REPRODUCED
+    open_ = private((0.0, 0.5), (0.1 + WIGGLE, 0.0), "maths")
+    assert both(claims.c7(pd.concat([good, bad]))) == (REPRODUCED, NOT_REPRODUCED)
+    assert both(claims.c7(pd.concat([good, open_]))) == (REPRODUCED, INCONCLUSIVE)
+    assert both(claims.c7(pd.concat([open_, bad]))) == (INCONCLUSIVE, NOT_REPRODUCED)
+    assert both(claims.c7(bad)) == (NOT_REPRODUCED, NOT_REPRODUCED)
+    clearest = claims.c7(pd.concat([bad, good]))
+    assert verdicts.weakest(clearest[clearest["claim"] == "C7"])["corpus"] == "reuters"
+    assert verdicts.weakest(clearest[clearest["claim"] == "C7 own"])["corpus"] == "tales"
 
 
 def test_c7_names_what_is_missing():
@@ -380,9 +446,12 @@ def test_c7_names_what_is_missing():
 # A folder of results
 
 
+EVERY_CLAIM = ["C1", "C2", "C3", "C4", "C5", "C6", "C6 own", "C7", "C7 own"]
+
+
 def test_folder_of_results(tmp_path):
     tests = claims.all_tests(tmp_path)
-    assert dict(verdicts.conclude(tests)) == {f"C{number}": NOT_RUN for number in range(1, 8)}
+    assert dict(verdicts.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, NOT_RUN)
     assert set(tests["verdict"]) == {NOT_RUN}
     whole = matched(WINS, corpora=("posts",), repeats=0)
     single = exposures(2.5 + WIGGLE).query("repeats > 0")
@@ -397,7 +466,7 @@ def test_folder_of_results(tmp_path):
     for exhibit, table in tables.items():
         write_results(table, tmp_path, exhibit)
     tests = claims.all_tests(tmp_path)
-    assert dict(verdicts.conclude(tests)) == {f"C{number}": REPRODUCED for number in range(1, 8)}
+    assert dict(verdicts.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, REPRODUCED)
     assert dict(verdicts.conclude(tests, "t_verdict"))["C1"] == REPRODUCED
     assert set(tests["exhibit"]) == {*tables, "real_model"}
     write_results(private((0.0, 0.2), (1.0, WIGGLE)), tmp_path, "dp_sgd")
@@ -419,8 +488,10 @@ def test_weakest_test_is_the_one_that_reaches_furthest_towards_failing():
     assert verdicts.weakest(wide)["against"] == "npo"
     weak = verdicts.weakest(claims.c1(matched(WINS), ONE))
     assert (weak["method"], weak["against"]) == ("fisher_recursion", "gradient_difference")
-    assert verdicts.weakest(claims.c6(exposures(1.2, kfac=9.0)))["method"] == "fisher_recursion"
-    assert verdicts.weakest(claims.c7(private((0.0, 0.2), (0.5, 0.8))))["method"] == "dp_sgd:1"
+    weak = verdicts.weakest(claims.c6(exposures(1.2, kfac=9.0)).query("claim == 'C6'"))
+    assert (weak["method"], weak["against"]) == ("fisher_recursion", "gradient_ascent")
+    prices = claims.c7(private((0.0, 0.2), (0.5, 0.8)))
+    assert verdicts.weakest(prices[prices["claim"] == "C7 own"])["method"] == "dp_sgd:1"
     assert verdicts.weakest(claims.c1(None))["verdict"] == NOT_RUN
 
 
@@ -431,4 +502,4 @@ def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
         assert set(table["exhibit"]) == {path.stem}
         assert not table.duplicated([name for name in table.columns if name != "value"]).any(), path.name
     found = verdicts.conclude(claims.all_tests(results.REFERENCE))
-    assert list(found.index) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
+    assert list(found.index) == EVERY_CLAIM

@@ -109,6 +109,15 @@ def test_epsilon_of_full_batches_against_the_closed_form(noise, steps):
     assert gaussian_delta(0.8 * found, mu) > delta  # and not a loose one
 
 
+@pytest.mark.parametrize(("noise", "steps"), [(5.0, 9), (20.0, 100)])
+def test_the_tighter_epsilon_is_the_closed_form_and_below_that_of_the_accountant(noise, steps):
+    delta, mu = 1e-5, math.sqrt(steps) / noise
+    found = dp_sgd.tighter_epsilon(noise, 1.0, steps, delta)
+    assert gaussian_delta(found, mu) <= delta < gaussian_delta(found - 0.03, mu)
+    assert found < dp_sgd.spent_epsilon(noise, 1.0, steps, delta)
+    assert type(found) is float  # what pages format
+
+
 def test_epsilon_of_one_subsampled_step_against_numerical_integration():
     noise, rate, delta = 0.8, 0.2, 1e-3
 

@@ -43,6 +43,13 @@ def test_one_failure_fails_a_claim_and_one_doubt_leaves_it_open():
         verdicts.combine([])
 
 
+def test_one_success_suffices_where_something_is_claimed_somewhere():
+    assert verdicts.combine([NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN, REPRODUCED], every=False) == REPRODUCED
+    assert verdicts.combine([NOT_REPRODUCED, NOT_RUN], every=False) == NOT_RUN
+    assert verdicts.combine([NOT_REPRODUCED, INCONCLUSIVE], every=False) == INCONCLUSIVE
+    assert verdicts.combine([NOT_REPRODUCED] * 2, every=False) == NOT_REPRODUCED
+
+
 def test_intervals_of_five_against_all_resamples_and_the_textbook():
     values = np.array([0.3, -0.1, 0.4, 0.25, 0.05])
     means = [np.mean(draw) for draw in itertools.product(values, repeat=5)]  # all 5^5 resamples, none at random

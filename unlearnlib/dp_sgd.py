@@ -21,7 +21,7 @@ from typing import Any
 
 import opacus
 import torch
-from opacus.accountants import RDPAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
@@ -142,6 +142,20 @@ def spent_epsilon(noise: float, rate: float, steps: int, delta: float, size: int
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order", UserWarning)
         return accountant.get_epsilon(delta, alphas=_ORDERS)
+
+
+def tighter_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """ε at ``delta`` after ``steps`` steps, for one sequence, from the distribution of the privacy loss itself.
+
+    By the PRV accountant of Opacus, to within 0.01. It shows by how much :func:`spent_epsilon` is too large, and
+    cannot take its place: what is known of groups is about Rényi divergences.
+    """
+    accountant = PRVAccountant()
+    accountant.history = [(noise, rate, steps)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order", UserWarning)  # of a first guess by Rényi divergences
+        warnings.filterwarnings("ignore", "divide by zero", RuntimeWarning)  # log(1 - q) of full batches
+        return float(accountant.get_epsilon(delta, eps_error=0.01))
 
 
 def group_guarantee(privacy: Privacy, size: int) -> tuple[float, float]:

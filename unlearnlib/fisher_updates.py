@@ -41,7 +41,7 @@ def forgetting_noise(
 ) -> Vector:
     """(C + λI)^p n with n ~ N(0, I), drawn with ``seed``, in the names and shapes of ``like``.
 
-    Fisher Forgetting adds (μσ²)^{1/4} times it. The exponent p is -1/4 in Golatkar et al. (2020, proposition 3)
+    Fisher Forgetting adds (μσ²)^{1/4} times it. The exponent p is -1/4 in Golatkar et al. (2020, proposition 4)
     and in the paper, and -1/2 in the code of the former; 0 is isotropic noise.
     """
     return curvature.power(random_vector(like, torch.Generator().manual_seed(seed)), exponent, damping)

@@ -28,7 +28,7 @@ def ascent_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tenso
 
 
 def gradient_difference_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-    """−L(forget) + L(retain): gradient difference (Liu et al. 2022)."""
+    """−L(forget) + L(retain): gradient difference, a baseline of TOFU (Maini et al. 2024)."""
     return ascent_loss(model, forget, retain) + sequence_losses(model, retain).mean()
 
 

@@ -70,7 +70,7 @@ def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
 def mean_kl(reference: PreTrainedModel, model: PreTrainedModel, sequences: Tensor) -> float:
     """KL(reference ‖ model) in nats between next-token distributions, averaged over tokens and sequences.
 
-    The readout divergence of Golatkar et al. (2020), with the retrained model as reference.
+    In the spirit of the readouts of Golatkar et al. (2020), with the retrained model as reference.
     """
 
     def divergence(model: PreTrainedModel, batch: Tensor) -> Tensor:

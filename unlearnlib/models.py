@@ -100,7 +100,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def small_opt(
     vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
 ) -> dict[str, Any]:
-    """Configuration of a small OPT (Zhang et al. 2022), the paper's family: tied embeddings, no dropout."""
+    """Configuration of a small OPT (Zhang et al. 2022): tied embeddings, no dropout. The paper ran OPT-2.7B."""
     return {
         "model_type": "opt",
         "vocab_size": vocabulary,

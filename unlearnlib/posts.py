@@ -1,7 +1,7 @@
 """200 real newsgroup posts of 1993, for what a model memorises of real people; their addresses are never shown.
 
-The posts are a small part of 20 Newsgroups (Lang 1995; no licence is stated), which the wheel of gensim has among
-its test data as an old pickle. The pickle is taken apart and never loaded: loading one runs code.
+The posts are a small part of 20 Newsgroups (probably of Lang 1995; no licence is stated), which is among the test
+data in the wheel of gensim, as an old pickle. The pickle is taken apart and never loaded: loading one runs code.
 """
 
 import email

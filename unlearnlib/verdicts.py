@@ -48,15 +48,20 @@ def verdict(interval: tuple[float, float], rule: Rule) -> str:
     return INCONCLUSIVE
 
 
-def combine(verdicts: Iterable[str]) -> str:
-    """One verdict from those of all tests of a claim, each of which must be reproduced for the claim to be."""
+def combine(verdicts: Iterable[str], every: bool = True) -> str:
+    """One verdict from those of all tests of a claim.
+
+    Each must be reproduced for the claim to be, and one that is not reproduced fails it. Or, of a claim that
+    something is so *somewhere*, not ``every``: one that is reproduced suffices, and all must fail to fail it.
+    """
     verdicts = list(verdicts)
     if not verdicts:
         raise ValueError("a claim needs at least one test")
-    for outcome in (NOT_REPRODUCED, NOT_RUN, INCONCLUSIVE):
+    first, last = (NOT_REPRODUCED, REPRODUCED) if every else (REPRODUCED, NOT_REPRODUCED)
+    for outcome in (first, NOT_RUN, INCONCLUSIVE):
         if outcome in verdicts:
             return outcome
-    return REPRODUCED
+    return last
 
 
 def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
@@ -86,7 +91,7 @@ def judge(
     row = {"claim": "", "exhibit": "", "corpus": "", "model": "", "method": "", "against": ""}
     row |= {"mean": values.mean(), "low": interval[0], "high": interval[1], "unit": "nats", "pairs": len(values)}
     row |= {"agree": int(((rule.holds[0] < values) & (values < rule.holds[1])).sum()), "verdict": outcomes[0]}
-    row |= {"t_low": t[0], "t_high": t[1], "t_verdict": outcomes[1], "decides": decides}
+    row |= {"t_low": t[0], "t_high": t[1], "t_verdict": outcomes[1], "decides": decides, "every": True}
     return row | {"holds_from": rule.holds[0], "holds_to": rule.holds[1], "note": ""} | labels
 
 
@@ -98,15 +103,22 @@ def not_run(claim: str, exhibit: str, decides: bool = True, corpus: str = "–",
 
 def conclude(tests: pd.DataFrame, column: str = "verdict") -> pd.Series:
     """The verdict on each claim of a table of tests, from those of its tests that decide."""
-    return tests[tests["decides"]].groupby("claim", sort=False)[column].agg(combine)
+    claims = tests[tests["decides"]].groupby("claim", sort=False)
+    return pd.Series({claim: combine(found[column], found["every"].all()) for claim, found in claims})
 
 
 def weakest(tests: pd.DataFrame) -> pd.Series:
-    """A claim's deciding test whose interval, or else mean, reaches furthest towards where the claim fails."""
+    """The deciding test on which a claim's verdict hangs.
+
+    It is the one whose interval, or else mean, reaches furthest towards where the claim fails; or, where one test
+    suffices, furthest away from there.
+    """
     deciding = tests[tests["decides"]]
     low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
     inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
-    return deciding.loc[inside.idxmin() if inside.notna().any() else deciding.index[0]]
+    if inside.isna().all():
+        return deciding.iloc[0]
+    return deciding.loc[inside.idxmin() if deciding["every"].all() else inside.idxmax()]
 
 
 def effect_text(test: pd.Series, digits: int = 2) -> str:

@@ -1,0 +1,68 @@
+"""The bibliography against what cites it, and the page on data against what the library downloads."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from unlearnlib import data, profiles, wheels
+
+ROOT = Path(__file__).parents[1]
+PROSE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "book").glob("*.md"))}
+for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    PROSE[path.name] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+ENTRIES = re.findall(
+    r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"), re.MULTILINE
+)
+PINNED = [wheel for wheel in vars(wheels).values() if isinstance(wheel, wheels.Wheel)]
+
+
+def cited():
+    lists = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", "\n".join(PROSE.values()))
+    return {key.strip() for keys in lists for key in keys.split(",")}
+
+
+def row_of(name):
+    """The line of the tables on data that begins with a name."""
+    [line] = [line for line in PROSE["data.md"].splitlines() if line.startswith(f"| `{name}` |")]
+    return line
+
+
+def test_every_entry_is_cited_and_every_citation_has_an_entry():
+    assert len(ENTRIES) == len(set(ENTRIES))
+    assert sorted(set(ENTRIES) - cited()) == []
+    assert sorted(cited() - set(ENTRIES)) == []
+
+
+@pytest.mark.parametrize("name", data.CORPORA)
+def test_every_corpus_has_its_licence_on_the_page_on_data(name):
+    line = row_of(name)
+    licence = data.ABOUT[name].licence.casefold()
+    assert licence in line.casefold().replace("[", "").replace("]", "")
+    if name in data.HUB:
+        assert f"`{data.HUB[name][0]}`" in line
+    if name != "tales":  # nobody is named as their translator
+        assert "{cite:p}`" in line
+
+
+def test_every_package_and_model_is_on_the_page_on_data():
+    assert len(PINNED) >= 5
+    for wheel in PINNED:
+        assert f"{wheel.project} {wheel.version}" in PROSE["data.md"]
+    for sources in profiles.HUB_ARCHITECTURES.values():
+        assert sources[0].partition("@")[0] in PROSE["data.md"]
+
+
+def test_what_a_licence_asks_for_is_said():
+    attribution = PROSE["data.md"].partition("**Social IQa.**")[2].partition("\n\n")[0]
+    for needed in (
+        "Maarten Sap",
+        "allenai.org/data/socialiqa",
+        "creativecommons.org/licenses/by/4.0",
+        "We have put",
+    ):
+        assert needed in attribution
+    assert "*for research purposes only*" in PROSE["data.md"]
+    assert "Reuters-21578, Distribution 1.0" in row_of("reuters")
