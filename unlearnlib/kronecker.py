@@ -9,8 +9,8 @@ curvatures follow from how the two sides are treated:
 
 All approximate the true Fisher F = (1/m) Σ_i (1/T) E[s_i s_iᵀ] of m sequences with T predicted tokens each, where
 s_i is the gradient of the *summed* loss of sequence i with labels drawn from the model: in expectation the
-Gauss–Newton matrix of the mean loss L. K-FAC needs l lᵀ and r rᵀ of a position drawn at
-random to be uncorrelated: besides independence at each position, positions have to be alike (Grosse & Martens 2016).
+Gauss–Newton matrix of the mean loss L. K-FAC assumes that l lᵀ and r rᵀ of a position drawn at random are
+uncorrelated: not only independent at each position, but all positions alike (Grosse & Martens 2016).
 """
 
 from collections.abc import Callable
