@@ -96,8 +96,9 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
     Returns columns ``rerun`` and ``reference`` (the means), ``low`` and ``high`` (the 95 % interval of the
     reference, :func:`bootstrap_interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
-    millionth for rounding. What the reference has of one or two seeds has no interval worth the name (of two, it is
-    from one value to the other) and is left out; what the rerun lacks does not agree. Indexed by all columns but seed and value.
+    millionth for rounding. What the reference has of one or two seeds has no interval worth the name (of two, it
+    is from one value to the other) and is left out; what the rerun lacks does not agree. Indexed by all columns
+    but seed and value.
     """
     settings = [column for column in reference.columns if column not in ("exhibit", "seed", "value")]
 
