@@ -75,3 +75,13 @@ def test_privleak_by_hand():
 def test_sequences_beyond_the_context_are_refused():
     with pytest.raises(ValueError, match="sequences of 33 tokens do not fit the model's context of 32"):
         measures.mean_loss(tiny_model(), random_sequences(2, length=33))
+
+
+def test_one_pass_tells_what_three_would():
+    model, reference, sequences = tiny_model(), tiny_model(seed=1), random_sequences(5)
+    losses, hits, kl = measures.compare(model, reference, sequences, batch_size=2)
+    p, q = (m(input_ids=sequences).logits[:, :-1].detach().softmax(dim=2) for m in (reference, model))
+    torch.testing.assert_close(losses, -q.log().gather(2, sequences[:, 1:, None])[..., 0])
+    assert torch.equal(hits, q.argmax(dim=2) == sequences[:, 1:])
+    torch.testing.assert_close(kl, (p * (p / q).log()).sum(dim=2).mean(dim=1))
+    assert measures.mean_kl(reference, model, sequences) == pytest.approx(kl.mean().item())

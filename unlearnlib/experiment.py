@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearnlib import extraction, matching, measures, relearning
@@ -164,22 +165,21 @@ class Report:
         as many retain sequences as there are holdout sequences, which is precise enough and much quicker.
         """
         splits = self.case.splits
-        forget, retain, holdout = (
-            measures.batched(measures.token_losses, model, sequences)
-            for sequences in (splits.forget, splits.retain[: len(splits.holdout)], splits.holdout)
-        )
+        forget, forget_hits, forget_kl = measures.compare(model, self.retrained, splits.forget)
+        holdout, _, holdout_kl = measures.compare(model, self.retrained, splits.holdout)
+        retain = splits.retain[: len(splits.holdout)]
         values = {
             "forget_loss": forget.double().mean().item(),
-            "retain_loss": retain.double().mean().item(),
+            "retain_loss": measures.mean_loss(model, retain),
             "holdout_loss": holdout.double().mean().item(),
-            "kl_forget": measures.mean_kl(self.retrained, model, splits.forget),
-            "kl_holdout": measures.mean_kl(self.retrained, model, splits.holdout),
+            "kl_forget": forget_kl.double().mean().item(),
+            "kl_holdout": holdout_kl.double().mean().item(),
             "membership_auc": measures.membership_auc(-forget.mean(dim=1), -holdout.mean(dim=1)),
             "membership_auc_min_k": measures.membership_auc(
                 measures.min_k_scores(forget), measures.min_k_scores(holdout)
             ),
             "loss_correlation": measures.loss_correlation(forget.mean(dim=1), self.retrained_losses),
-            "memorisation_accuracy": measures.token_accuracy(model, splits.forget),
+            "memorisation_accuracy": forget_hits.double().mean().item(),
             **(self._with_rounding(model) if self.rounding else {}),
             **extra,
         }
@@ -233,7 +233,7 @@ class Report:
         match at the target, or where it ended short of it.
         """
         started = time.perf_counter()
-        for share in self.shares:
+        for share in tqdm(self.shares, f"{method}, seed {self.case.seed}", leave=False, mininterval=1.0):
             match = reach(self.original_loss + share * (self.target - self.original_loss))
             if share == 1.0 or (not match.reached and share < 1.0):
                 self.seconds[method] = time.perf_counter() - started

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from unlearnlib.measures import mean_loss
@@ -114,7 +115,7 @@ def sweep_damping(
     ``damping``, ``validation_loss`` in nats, ``strength`` and ``reached``. The model is left at ``start``.
     """
     rows = []
-    for damping, direction in directions:
+    for damping, direction in tqdm(directions, "values of λ", leave=False, mininterval=1.0):
         match = match_direction(model, start, direction, forget, target)
         rows.append([damping, mean_loss(model, validation), match.strength, match.reached])
         set_weights(model, start)

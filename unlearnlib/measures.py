@@ -67,17 +67,33 @@ def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
     return batched(hits, model, sequences).double().mean().item()
 
 
+def compare(
+    model: PreTrainedModel, reference: PreTrainedModel, sequences: Tensor, batch_size: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that one pass of each model over ``sequences`` [n, tokens] tells, on the CPU.
+
+    Returns the model's loss on every token in nats, and whether the token is its most likely one, both of shape
+    [n, tokens - 1]; and of every sequence KL(reference ‖ model) in nats, averaged over its tokens but the last,
+    after which nothing is predicted, [n].
+    """
+    parts = []
+    with torch.no_grad():
+        for batch in sequences.split(batch_size):
+            targets = batch[:, 1:].to(model.device)
+            p, q = log_probabilities(reference, batch), log_probabilities(model, batch)
+            losses = -q.gather(2, targets[..., None])[..., 0]
+            kl = F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1)
+            parts.append((losses.cpu(), (q.argmax(dim=2) == targets).cpu(), kl.cpu()))
+    losses, hits, kl = map(torch.cat, zip(*parts, strict=True))
+    return losses, hits, kl
+
+
 def mean_kl(reference: PreTrainedModel, model: PreTrainedModel, sequences: Tensor) -> float:
     """KL(reference ‖ model) in nats between next-token distributions, averaged over tokens and sequences.
 
     In the spirit of the readouts of Golatkar et al. (2020), with the retrained model as reference.
     """
-
-    def divergence(model: PreTrainedModel, batch: Tensor) -> Tensor:
-        p, q = log_probabilities(reference, batch), log_probabilities(model, batch)
-        return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1)
-
-    return batched(divergence, model, sequences, batch_size=32).double().mean().item()
+    return compare(model, reference, sequences)[2].double().mean().item()
 
 
 def min_k_scores(token_losses: Tensor, share: float = 0.2) -> Tensor:

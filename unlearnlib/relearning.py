@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor
+from tqdm.auto import trange
 from transformers import PreTrainedModel
 
 from unlearnlib.measures import mean_loss, sequence_losses
@@ -19,7 +20,7 @@ def relearning_curve(model: PreTrainedModel, forget: Tensor, steps: int, learnin
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     curve = [mean_loss(model, forget[1::2])]
-    for _ in range(steps):
+    for _ in trange(steps, desc="relearning", leave=False, mininterval=1.0):
         optimizer.zero_grad(set_to_none=True)
         sequence_losses(model, forget[::2]).mean().backward()
         optimizer.step()
