@@ -41,6 +41,18 @@ def test_gradients_of_single_sequences_are_autograds(tied):
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
 
 
+def test_a_configuration_with_dropout_can_be_trained_privately():
+    source = LLAMA | {"attention_dropout": 0.1}
+    model = models.load_model(source, device="cpu")
+    dp_sgd.check_supported(model, random_sequences(3))
+    ends = []
+    for _ in range(2):
+        model = models.load_model(source, device="cpu")
+        dp_sgd.train_private(model, private_run(source=source))
+        ends.append(weights.flatten(weights.snapshot(model)))
+    assert torch.equal(*ends)
+
+
 def first_step(monkeypatch, run, model):
     """The gradient that the optimizer is given in the first step, shape [d], and the batch it came from."""
     batches, gradients = [], []

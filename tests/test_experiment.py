@@ -121,6 +121,30 @@ def test_a_report_follows_a_direction_through_the_target(cases):
     assert at_match == pytest.approx(match.loss, rel=1e-5)
 
 
+def test_a_report_counts_steps_from_the_first_one_on(cases):
+    case = cases[0]
+
+    def start():
+        model, splits = case.original(), case.splits
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        loss = gradient_ascent.ascent_loss
+        return model, gradient_ascent.descend(model, loss, splits.forget, case.estimation, optimizer, seed=0)
+
+    report = experiment.Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
+    match = report.follow_steps("gradient_ascent", *start())
+    model, steps = start()
+    straight = matching.match_steps(
+        model, steps, lambda: measures.mean_loss(model, case.splits.forget), report.target
+    )
+    assert match.reached
+    assert match.strength == pytest.approx(straight.strength, abs=0.5)  # both within tolerance of the target
+    assert straight.strength > 3
+    [noted] = (row["value"] for row in report.rows if row["metric"] == "strength")
+    assert noted == match.strength
+    most = experiment.Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
+    assert (most.strength, most.reached) == (3, False)
+
+
 def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
     case = cases[0]
     report = experiment.Report(case, case.retrained())

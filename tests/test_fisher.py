@@ -117,6 +117,36 @@ def test_everything_stays_on_the_device_of_the_gradients():
             assert all(x.is_meta and x.shape == v[name].shape for name, x in result.items())
 
 
+# Effective rank
+
+
+def test_effective_rank_of_all_sequences_is_that_of_their_matrix(gradients):
+    s = torch.linalg.eigvalsh(explicit(gradients))
+    expected = (s.sum().square() / s.square().sum()).item()
+    assert fisher.effective_rank(gradients @ gradients.T, M) == pytest.approx(expected)
+    orthogonal = torch.diag(torch.full((M,), 3.0))
+    assert fisher.effective_rank(orthogonal @ orthogonal, M) == pytest.approx(M)
+
+
+def test_effective_rank_of_a_sample_is_right_on_average_for_the_set_and_for_the_population(gradients):
+    """Over all samples that there are; with gradients of one length only tr F² is estimated, and 1/rank ∝ it."""
+    g = F.normalize(gradients, dim=1)
+    gram = g @ g.T
+    expected = explicit(g).square().sum().item()
+    subsets = [list(chosen) for chosen in itertools.combinations(range(M), 4)]
+    of_set = [1 / fisher.effective_rank(gram[chosen][:, chosen], M) for chosen in subsets]
+    assert sum(of_set) / len(of_set) == pytest.approx(expected)
+    draws = [list(chosen) for chosen in itertools.product(range(M), repeat=3)]
+    of_population = [1 / fisher.effective_rank(gram[chosen][:, chosen]) for chosen in draws]
+    assert sum(of_population) / len(of_population) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("m", "number"), [(1, None), (4, 3)])
+def test_effective_rank_needs_a_sample(m, number):
+    with pytest.raises(ValueError, match=f"not {m}"):
+        fisher.effective_rank(torch.eye(m), number)
+
+
 # Gradients
 
 

@@ -212,6 +212,45 @@ def test_the_factors_are_second_moments_of_inputs_and_output_gradients(architect
         torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
 
 
+def test_the_head_keeps_the_diagonal_of_its_left_factor():
+    """Of E[diag p − p pᵀ], a matrix over the vocabulary."""
+    model = tiny_model("llama")
+    p = measures.logits(model, SEQUENCES).flatten(0, 1).softmax(1)
+    exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    left, _ = kronecker.layer_factors(model, SEQUENCES)["lm_head"]
+    torch.testing.assert_close(left, exact.diagonal(), rtol=1e-5, atol=1e-9)
+    assert (exact - torch.diag(left)).norm() > 0.01 * exact.norm()  # and drops something
+
+
+@pytest.mark.parametrize("name", ["q_proj", "out_proj", "fc1", "fc2", "k_proj", "v_proj"])
+def test_which_layers_of_the_last_block_have_no_terms_between_positions(name):
+    """What a layer computes at t enters the prediction at t alone, save for keys and values."""
+    model = tiny_model("opt")
+    block, seen = model.model.decoder.layers[-1], []
+    layer = block.get_submodule(name if name.startswith("fc") else f"self_attn.{name}")
+    layer.register_forward_hook(lambda m, args, out: seen.append(out))
+    z = measures.logits(model, SEQUENCES[:1])[0]
+    later = 0.0
+    for t in range(len(z)):
+        (change,) = torch.autograd.grad(z[t].square().sum(), seen[0], retain_graph=True)
+        change = change.reshape(len(z), -1).norm(dim=1)
+        change[t] = 0
+        later = max(later, change.max().item())
+    assert (later > 1e-6) == (name in ("k_proj", "v_proj"))
+
+
+def test_independence_at_each_position_does_not_make_a_kronecker_product():
+    """Moments S_t = A_t = 1 and 3 at two positions: the Fisher is (1·1 + 3·3)/2 = 5 and K-FAC 2·2 = 4."""
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    moments = torch.tensor([1.0, 3.0], dtype=torch.float64).sqrt()
+    # Equally likely sequences of two positions, in which the signs of both sides are independent of each other.
+    s = torch.cartesian_prod(signs, signs, signs, signs)
+    l, r = (s[:, :2] * moments)[..., None], (s[:, 2:] * moments)[..., None]
+    fisher = (l * r).sum(1).square().mean() / 2
+    kfac = kronecker._moment(l, full=True) * kronecker._moment(r, full=True) / (2 * len(s)) ** 2
+    assert (fisher.item(), kfac.item()) == (pytest.approx(5), pytest.approx(4))
+
+
 def test_a_tied_table_adds_the_factors_of_both_its_uses(datas_labels):
     model = tiny_model("opt")
     [block] = [b for b in build("kfac", model, SEQUENCES, datas_labels).blocks if has_head(model, b)]

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pandas as pd
@@ -85,6 +86,82 @@ def test_a_step_into_infinity_is_cut_back_to_the_target():
     match = matching.match_steps(model, steps(), loss, target=10.0)
     assert match.reached
     assert 0 < match.strength < 1
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.2),  # has no state
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=2e-3),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rise", [0.01, 0.3])  # stops within one step, and steps apart
+def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
+    forget = random_sequences(8)
+    shares = (0.25, 0.5, 0.75, 1.0)
+
+    def walk():
+        model = tiny_model()
+        steps = gradient_ascent.descend(
+            model, gradient_ascent.ascent_loss, forget, forget, OPTIMIZERS[optimizer](model), seed=0, batch_size=3
+        )
+        return model, matching.Walk(model, steps, lambda: measures.mean_loss(model, forget))
+
+    model, stopping = walk()
+    start = measures.mean_loss(model, forget)
+    strengths = []
+    for share in shares:
+        match = stopping.to(start + share * rise, tolerance=1e-10)
+        assert match.reached
+        assert measures.mean_loss(model, forget) == pytest.approx(match.loss, abs=1e-12)
+        single_model, single = walk()
+        straight = single.to(start + share * rise, tolerance=1e-10)
+        assert match.strength == pytest.approx(straight.strength, abs=1e-6)
+        between = weights.difference(weights.snapshot(model), weights.snapshot(single_model))
+        assert weights.norm(between) < 1e-6
+        strengths.append(match.strength)
+    assert strengths == sorted(set(strengths))
+    assert all(strength % 1 != 0 for strength in strengths)
+    gaps = [math.floor(b) - math.floor(a) for a, b in itertools.pairwise(strengths)]
+    assert (0 in gaps) if rise < 0.1 else (max(gaps) > 1)
+
+
+def test_the_most_steps_are_counted_over_all_targets():
+    model, forget = tiny_model(), random_sequences(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, forget, optimizer, seed=0)
+    start = measures.mean_loss(model, forget)
+    walk = matching.Walk(model, steps, lambda: measures.mean_loss(model, forget), max_steps=4)
+    first, second = walk.to(start + 0.05), walk.to(start + 100)
+    assert first.reached
+    assert 0 < first.strength < 4
+    assert (second.strength, second.reached) == (4, False)
+    assert walk.to(start + 100).strength == 4
+
+
+def test_after_a_step_into_infinity_the_walk_goes_no_further_than_that_step():
+    model = tiny_model()
+    start, drawn = weights.snapshot(model), []
+
+    def steps():
+        while True:
+            drawn.append(1)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(1e3)
+            yield
+
+    def loss():
+        gone = weights.norm(weights.difference(weights.snapshot(model), start))
+        return gone if gone < 100 else math.inf
+
+    walk = matching.Walk(model, steps(), loss)
+    first, second, third = (walk.to(target) for target in (10.0, 20.0, 500.0))
+    assert second.strength == pytest.approx(2 * first.strength, rel=0.01)
+    assert [first.reached, second.reached, third.reached] == [True, True, False]
+    assert 20 < third.loss < 100
+    assert third.strength < 1
+    assert len(drawn) == 1
 
 
 def test_a_direction_is_followed_to_the_target():

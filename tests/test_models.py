@@ -1,6 +1,10 @@
+import copy
+import json
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib import extraction, gradient_ascent, measures, models, weights
 
@@ -36,6 +40,52 @@ def test_small_models_have_no_dropout_and_keep_their_context(small):
     assert torch.equal(measures.sequence_losses(model.train(), sequences), calm)
     with pytest.raises(ValueError, match="do not fit the model's context of 12"):
         measures.mean_loss(model, random_sequences(3, length=13))
+
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 40,
+    "pad_token_id": None,
+}
+NAMED_OTHERWISE = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "opt": {"word_embed_proj_dim": 16, "ffn_dim": 32},
+}
+DROPPING = (
+    *("opt", "gpt2", "llama", "gpt_neo", "gpt_neox", "gptj", "phi", "bloom", "falcon", "biogpt"),
+    *("starcoder2", "stablelm", "gemma2"),
+)
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_nothing_is_dropped_whatever_a_configuration_says_and_the_saved_one_still_says_it(kind, tmp_path):
+    config = AutoConfig.for_model(kind, **SIZES | NAMED_OTHERWISE.get(kind, {}))
+    names = [name for name, value in vars(config).items() if "drop" in name and isinstance(value, int | float)]
+    for name in names:
+        setattr(config, name, 0.4)
+    sequences = random_sequences(4)
+    source = AutoModelForCausalLM.from_config(config)
+    dropped = [measures.sequence_losses(source.train(), sequences) for _ in range(5)]
+    assert any(not torch.equal(dropped[0], other) for other in dropped)  # there is something to switch off
+    source.save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    models.switch_off_dropout(model)
+    calm = measures.sequence_losses(model, sequences)
+    assert torch.equal(measures.sequence_losses(model.train(), sequences), calm)
+    again = copy.deepcopy(model).train()
+    assert torch.equal(measures.sequence_losses(again, sequences), calm)
+    model.save_pretrained(tmp_path / "saved")
+    saved, before = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "source"))
+    assert saved == before
+    assert names
+    assert all(saved[name] == 0.4 for name in names)
 
 
 def test_a_saved_folder_loads_the_same(tmp_path):

@@ -1,6 +1,7 @@
 """The notebooks as they are in the repository, and the runner on tiny notebooks made up here."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import papermill
 import psutil
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook
 
 from unlearnlib import notebooks
@@ -38,6 +40,11 @@ def make_root(folder: Path, **sources: list[str]) -> Path:
     chapters = [{"file": f"notebooks/{name}"} for name in sources]
     toc = {"format": "jb-book", "root": "book/index", "parts": [{"caption": "Part I", "chapters": chapters}]}
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (folder / "_config.yml").write_text(
+        "title: A small book\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\nhtml: {}\n"
+    )
+    (folder / "book").mkdir()
+    (folder / "book" / "index.md").write_text("# A small book\n")
     return folder
 
 
@@ -87,8 +94,8 @@ def test_profiles_are_those_of_the_library():
 def test_a_notebook_gets_its_parameters_and_runs_once(tmp_path):
     cell = "from pathlib import Path\nwith open(Path(results) / 'a.csv', 'a') as f:\n    f.write(profile)"
     root = make_root(tmp_path, a=[cell])
-    assert run_notebooks(root, "cpu") == []
-    assert run_notebooks(root, "cpu") == []
+    assert run_notebooks(root, "cpu") == {}
+    assert run_notebooks(root, "cpu") == {}
     assert (root / "_build" / "cpu" / "results" / "a.csv").read_text() == "cpu"
 
 
@@ -117,26 +124,52 @@ def test_what_makes_a_notebook_run_again(tmp_path):
     assert not is_done(plan(root, "quick")[0])
 
 
-def test_a_failure_names_notebook_and_cell_and_the_others_still_run(tmp_path, capsys, monkeypatch):
+def test_a_chapter_that_fails_fails_alone(tmp_path, capsys, monkeypatch):
     root = make_root(
         tmp_path,
-        broken=["x = 1", "# a comment first\nraise ArithmeticError('too hot')", "x"],
-        sound=["1 + 1"],
+        broken=[
+            "from myst_nb import glue\nx = glue('early', 1 + 1, display=False)\nprint('so far')",
+            "# a comment first\nraise ArithmeticError('too hot')",
+            "glue('late', 3)",
+        ],
+        sound=["print('all is well')"],
     )
+    source = nbformat.read(root / "notebooks" / "broken.ipynb", as_version=4)
+    prose = "# A title\n\nThe prose. Early: {glue:text}`early`. Late: {glue:text}`late:.2f`."
+    source.cells.insert(0, nbformat.v4.new_markdown_cell(prose))
+    nbformat.write(source, root / "notebooks" / "broken.ipynb")
     monkeypatch.chdir(root)
     assert main([]) == 1
-    error = capsys.readouterr().err
-    assert "broken: cell 3 (# a comment first) ArithmeticError: too hot" in error
+    printed = capsys.readouterr()
+    assert "broken: cell 4 (# a comment first) ArithmeticError: too hot" in printed.err
+    assert re.search(r"minutes a chapter took.*\d  sound\n.*together", printed.out, re.DOTALL)
     broken, sound = plan(root, "quick")
     assert is_done(sound)
     assert not broken.output.exists()
-    assert not (root / "_build" / "quick" / "site").exists()
+    pages = root / "_build" / "quick" / "site" / "_build" / "html"
+    assert "all is well" in (pages / "notebooks" / "sound.html").read_text()
+    text = BeautifulSoup((pages / "notebooks" / "broken.html").read_text(), "html.parser").find("article").text
+    for shown in (
+        "could not be computed",
+        "ArithmeticError: too hot",
+        "The prose. Early: 2. Late: (not computed).",
+        "so far",
+    ):
+        assert shown in text
+    assert "Traceback" not in text
+
+
+def test_a_notebook_that_hangs_is_stopped(tmp_path, monkeypatch):
+    root = make_root(tmp_path, slow=["# waits\nimport time\ntime.sleep(600)"])
+    monkeypatch.setitem(notebooks.LIMIT_SECONDS, "quick", 15.0)
+    failures = run_notebooks(root, "quick")
+    assert "stopped after 0 minutes" in failures["slow"]
 
 
 def test_a_dead_kernel_is_a_failure_of_its_cell(tmp_path):
     root = make_root(tmp_path, killed=["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"])
-    [failure] = run_notebooks(root, "quick")
-    assert "killed: cell 2 (import os, signal)" in failure
+    failure = run_notebooks(root, "quick")["killed"]
+    assert failure.startswith("cell 2 (import os, signal)")
     assert "Kernel died" in failure
 
 

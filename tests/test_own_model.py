@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from unlearnlib import (
     cache,
@@ -355,6 +355,10 @@ def test_what_is_written_is_the_start_plus_strength_times_direction(folder, tmp_
     own_model.fulfil(request, CPU)
     assert hashes(folder / "gpt2" / "model") == before
     model, written = load(request.model), load(request.output)
+    # GPT-2 was trained with dropout. There is none while we edit, but what is written keeps the setting.
+    configs = [AutoConfig.from_pretrained(path) for path in (request.model, request.output)]
+    assert [config.resid_pdrop for config in configs] == [0.1, 0.1]
+    assert [config.attn_pdrop for config in configs] == [0.1, 0.1]
     material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     moved = weights.flatten(weights.difference(weights.snapshot(written), weights.snapshot(model))).double()
     expected = 0.02 * explicit_direction(method, model, material, 0.01)

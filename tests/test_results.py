@@ -92,8 +92,8 @@ def test_a_rerun_agrees_where_its_mean_lies_in_the_references_interval():
         [
             table([1.0, 2.0, 3.0]).assign(size=4.0),
             table([1.0, 2.0, 3.0], method="other").assign(size=float("nan")),
-            table([5.0], metric="single").assign(size=4.0),
-            table([7.0, 7.0], metric="constant").assign(size=4.0),
+            table([5.0, 6.0], metric="pair").assign(size=4.0),
+            table([7.0, 7.0, 7.0], metric="constant").assign(size=4.0),
         ]
     )
     low, high = results.bootstrap_interval([1.0, 2.0, 3.0])
@@ -117,11 +117,11 @@ def test_a_run_of_the_reference_profile_is_checked_and_others_are_not(tmp_path, 
         (tmp_path / folder).mkdir()
     results.write_results(frame, tmp_path / "reference", "one")
     results.write_results(frame, tmp_path / "same", "one")
-    results.write_results(table([1.0]), tmp_path / "reference", "single")
-    results.write_results(table([1.0]), tmp_path / "same", "single")
-    said = results.compare_with_reference("cpu", tmp_path / "same", "one", "single", "new").data
+    results.write_results(table([1.0, 2.0]), tmp_path / "reference", "pair")
+    results.write_results(table([4.0, 5.0]), tmp_path / "same", "pair")
+    said = results.compare_with_reference("cpu", tmp_path / "same", "one", "pair", "new").data
     assert "`one`: 10 of 10 means" in said
-    assert "`single` is of a single seed" in said
+    assert "`pair` is of one or two seeds" in said
     assert "`new` has no reference results yet" in said
     frame.loc[frame["metric"].isin(["metric 3", "metric 7"]), "value"] += 5
     results.write_results(frame, tmp_path / "changed", "one")

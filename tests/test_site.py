@@ -14,6 +14,8 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
+from unlearnlib.build import repository
+
 ROOT = Path(__file__).parents[1]
 MATHJAX = ROOT / "book" / "_static" / "mathjax"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -129,15 +131,17 @@ def test_pages_name_no_folder_of_this_machine(book_site):
         assert str(ROOT) not in path.read_text(encoding="utf-8"), path
 
 
-def test_the_repository_is_named_in_one_place():
-    url = re.search(r"url: (\S+)", (ROOT / "_config.yml").read_text()).group(1)
-    prose = [
-        ROOT / "README.md",
-        ROOT / "CITATION.cff",
-        *ROOT.glob("book/*.md"),
-        *ROOT.glob("notebooks/*.ipynb"),
-    ]
-    assert [path.name for path in prose if url in path.read_text(encoding="utf-8")] == []
+def test_the_repository_is_named_nowhere():
+    """Its address comes from the git remote: a fork's pages lead to the fork."""
+    settings = [ROOT / "_config.yml", ROOT / "README.md", ROOT / "CITATION.cff", *ROOT.glob("book/*.md")]
+    for path in [*settings, *ROOT.glob("notebooks/*.ipynb")]:
+        assert not re.search(r"git(hub|lab)\.com/[\w-]*unlearning", path.read_text(encoding="utf-8")), path.name
+
+
+def test_buttons_lead_to_the_repository_or_are_absent(book_site):
+    page, found = parsed(book_site / "notebooks" / "01_unlearning_problem.html"), repository(ROOT)
+    links = [link["href"] for link in page.select(".article-header-buttons a[href^='http']")]
+    assert all(found[0].partition("//")[2] in link for link in links) if found else links == []
 
 
 # The browser

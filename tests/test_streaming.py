@@ -1,7 +1,5 @@
 """The streaming dual form against gradients of one sequence at a time and explicit matrices, in float64."""
 
-import re
-
 import pytest
 import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
@@ -10,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearnlib import measures, models, streaming, weights
+from unlearnlib.fisher import FisherDual, sequence_gradients
 from unlearnlib.streaming import StreamingFisher
 
 M = 7
@@ -187,18 +186,37 @@ def test_blocks_are_as_before_after_an_error():
     assert state(model) == before
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "hidden", "widest"), [(400, 16, "the output layer"), (40, 64, "model.decoder.layers.0.fc2")]
-)
-def test_a_budget_too_small_names_the_layer_and_what_it_needs(vocabulary, hidden, widest):
-    config = models.small_opt(vocabulary, hidden_size=hidden, layers=1, heads=2, context=16)
-    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
-    with pytest.raises(ValueError, match=f"1,000 bytes is too small for a row of {widest} of 7 seq") as error:
-        StreamingFisher(model, sequences, budget_bytes=1000)
-    needed = int(re.search(r"allow ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
-    check(model, sequences, budget=needed)
-    with pytest.raises(ValueError, match="too small"):
-        StreamingFisher(model, sequences, budget_bytes=needed - 1)
+@pytest.mark.parametrize("budget", [0, 1, 1000, 3000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_budget_is_too_small(architecture, budget):
+    check(tiny_model(architecture), budget=budget)
+
+
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_the_least_that_is_held_is_a_row_of_every_sequence(tokens):
+    config = models.small_opt(400, hidden_size=64, layers=1, heads=2, context=16)
+    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M, tokens + 1)
+    build = streaming._Build(model, sequences, 0, None)
+    assert len(build.buffer) == M * 256  # what fc2 reads
+    check(model, sequences, budget=0)
+
+
+@pytest.mark.parametrize("budget", [200_000, 2**25])
+def test_the_vocabulary_and_the_length_of_opt(budget):
+    config = models.small_opt(50_272, hidden_size=16, layers=1, heads=2)
+    model = models.load_model(config, dtype=torch.float64)
+    sequences = torch.randint(1, 50_272, (3, 128), generator=torch.Generator().manual_seed(0))
+    v = random_direction(model)
+    exact = FisherDual(sequence_gradients(model, sequences))
+    with Largest() as streamed:
+        fisher = StreamingFisher(model, sequences, budget, v)
+    # Nothing larger than the budget is made, or than the tables that the model has anyway.
+    assert streamed.numbers <= max(budget // 8, 50_272 * 16)
+    torch.testing.assert_close(fisher.eigenvalues, exact.eigenvalues, rtol=1e-10, atol=0)
+    damping = exact.eigenvalues.mean().item()
+    expected, found = exact.solve(v, damping), fisher.solve(v, damping)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-9, atol=1e-12)
 
 
 def test_logits_that_are_more_than_a_linear_layer_are_named():
@@ -206,7 +224,8 @@ def test_logits_that_are_more_than_a_linear_layer_are_named():
     model = models.load_model(granite, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="logits of GraniteForCausalLM are more than a linear layer"):
         StreamingFisher(model, random_sequences(M))
-    dropout = models.load_model(ARCHITECTURES["opt"] | {"dropout": 0.5}).train()
+    dropout = tiny_model("opt").train()
+    dropout.model.decoder.layers[0].dropout = 0.5
     with pytest.raises(NotImplementedError, match=r"call model\.eval\(\)"):
         StreamingFisher(dropout, random_sequences(M))
 

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from helpers import TINY, random_sequences, tiny_model
+from helpers import ARCHITECTURES, TINY, random_sequences, tiny_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from unlearnlib import measures, training, weights
+from unlearnlib import measures, models, training, weights
 from unlearnlib.training import Run, Training
 
 SHORT = Training(epochs=3, batch_size=4, learning_rate=1e-2)
@@ -41,6 +41,24 @@ def test_it_learns_and_is_deterministic():
     other = tiny_model()
     training.train(other, sequences, Training(epochs=60, learning_rate=2e-2, batch_size=4), seed=1)
     assert not same_weights(ends[0], other)
+
+
+WITH_DROPOUT = {
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.1},
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "llama": {"attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("architecture", WITH_DROPOUT)
+def test_a_configuration_with_dropout_trains_the_same_twice(architecture):
+    """Nothing comes from the global random numbers, which no seed of a run sets."""
+    config = ARCHITECTURES[architecture] | WITH_DROPOUT[architecture]
+    first, second = (models.load_model(config, seed=0, device="cpu") for _ in range(2))
+    settings = Training(epochs=3, batch_size=4, learning_rate=1e-2, checkpointing=architecture == "opt")
+    for model in (first, second):
+        training.train(model, random_sequences(8), settings, seed=0)
+    assert same_weights(first, second)
 
 
 def test_one_step_against_a_hand_written_adamw():

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
 
 from unlearnlib.cache import atomic_file, file_hash, json_hash, lock
-from unlearnlib.notebooks import MEMORY, listed_notebooks, run_notebooks
+from unlearnlib.notebooks import MEMORY, Job, failed_page, plan, run_notebooks
 
 
 class BuildError(Exception):
@@ -20,28 +24,44 @@ class BuildError(Exception):
 def make_book(root: Path, profile: str) -> Path:
     """Run every notebook that is not up to date, render the book, and return its first page.
 
-    Raises BuildError where a notebook fails or a page has a warning, and ValueError for an unknown profile or
-    a notebook without the runner's parameters.
+    Raises BuildError where a page has a warning or a notebook fails, then after all pages are made: that of the
+    notebook says what failed. Raises ValueError for an unknown profile or a notebook without the runner's
+    parameters.
     """
     with lock(root / "_build" / "book"):
-        execute(root, profile)
-        return render(root, profile)
+        failures = run_notebooks(root, profile, say=_say)
+        try:
+            index = render(root, profile, failures)
+        except BuildError as error:
+            raise BuildError(
+                "\n".join([*([_failed(root, profile, failures)] if failures else []), str(error)])
+            ) from None
+    if failures:
+        raise BuildError(f"{_failed(root, profile, failures)}\nThe other chapters are at {index}")
+    return index
 
 
-def execute(root: Path, profile: str, only: Sequence[str] = ()) -> None:
-    """Run the notebooks, or those named in ``only``. Raises BuildError if any of them fails."""
+def execute(root: Path, profile: str, only: Sequence[str]) -> None:
+    """Run the notebooks named in ``only``. Raises BuildError if any of them fails."""
     failures = run_notebooks(root, profile, only, say=_say)
     if failures:
-        raise BuildError("\n".join(["these notebooks failed:", *failures]))
+        raise BuildError(_failed(root, profile, failures))
 
 
-def render(root: Path, profile: str) -> Path:
+def _failed(root: Path, profile: str, failures: dict[str, str]) -> str:
+    logs = root / "_build" / profile / "logs"
+    rows = [f"{name}: {reason} (log: {logs / name}.log)" for name, reason in failures.items()]
+    return "\n".join(["these notebooks failed:", *rows])
+
+
+def render(root: Path, profile: str, failures: dict[str, str]) -> Path:
     """Render the executed notebooks and the prose, unless nothing changed; return the first page.
 
-    Every warning is an error. Raises BuildError with the warnings.
+    ``failures`` are the notebooks that did not run to their end, and why. Without any, every warning is an error:
+    raises BuildError with the warnings. A failed notebook lacks figures that the pages refer to.
     """
     build = root / "_build" / profile
-    staged = _stage(root, build)
+    staged = _stage(root, build, plan(root, profile), failures)
     site, signature = build / "site", build / "site.key"
     index = site / "_build" / "html" / "index.html"
     key = json_hash({path.relative_to(staged).as_posix(): file_hash(path) for path in _all_files(staged)})
@@ -51,32 +71,73 @@ def render(root: Path, profile: str) -> Path:
     _say("pages: rendering")
     signature.unlink(missing_ok=True)
     shutil.rmtree(site, ignore_errors=True)  # else pages of chapters since removed would stay
-    _run_jupyter_book(staged, site, build / "logs" / "pages.log")
+    _run_jupyter_book(staged, site, build / "logs" / "pages.log", strict=not failures)
     with atomic_file(signature) as temporary:
         temporary.write_text(key)
     return index
 
 
-def _stage(root: Path, build: Path) -> Path:
+def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str]) -> Path:
     """Lay out what Jupyter Book reads: as in the repository, but with the executed notebooks."""
     staged = build / "site-source"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(root / "book", staged / "book")
-    for name in ("_config.yml", "_toc.yml", "requirements.txt"):
-        shutil.copy2(root / name, staged / name)
+    shutil.copy2(root / "_toc.yml", staged)
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    (staged / "_config.yml").write_text(yaml.safe_dump(with_repository(config, root)), encoding="utf-8")
     (staged / "notebooks").mkdir()
-    for notebook in listed_notebooks(root):
-        shutil.copy2(build / "notebooks" / notebook.name, staged / "notebooks")
+    for job in jobs:
+        name = job.source.stem
+        if name in failures:
+            nbformat.write(failed_page(job, failures[name]), staged / "notebooks" / job.source.name)
+        else:
+            shutil.copy2(job.output, staged / "notebooks")
     return staged
+
+
+def repository(root: Path) -> tuple[str, str] | None:
+    """Web address and branch of the repository that the checkout ``root`` was cloned from, by its remote.
+
+    None without a git remote, or where its address is no host's on the web, such as that of a folder.
+    """
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        address, branch = git("remote", "get-url", "origin"), git("branch", "--show-current")
+    except FileNotFoundError:  # no git
+        return None
+    found = re.fullmatch(
+        r"(?:https?://|ssh://)?(?:[^@/]*@)?([\w-]+(?:\.[\w-]+)+)(?::\d+)?[:/](.+?)(?:\.git)?/?", address
+    )
+    return (f"https://{found[1]}/{found[2]}", branch or "main") if found else None
+
+
+def with_repository(config: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The settings, with buttons to the repository, to Binder and to Colab where there is a repository."""
+    found = repository(root)
+    if found:
+        config["repository"] = {"url": found[0], "branch": found[1]}
+        config["html"] |= {"use_repository_button": True, "use_issues_button": True}
+        if found[0].startswith("https://github.com/"):  # the launch buttons know no other host
+            config["launch_buttons"] = {
+                "notebook_interface": "jupyterlab",
+                "binderhub_url": "https://mybinder.org",
+                "colab_url": "https://colab.research.google.com",
+            }
+    return config
 
 
 def _all_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _run_jupyter_book(staged: Path, site: Path, log: Path) -> None:
+def _run_jupyter_book(staged: Path, site: Path, log: Path, strict: bool) -> None:
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", staged, "--all", "-n", "-W", "--keep-going", "--path-output", site]
+    command = [jupyter_book, "build", staged, "--all", "--path-output", site]
+    command += ["-n", "-W", "--keep-going"] if strict else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)  # without its colours
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 execute(root, options.profile, options.only)
         else:
             _say(f"The book is at {make_book(root, options.profile)}")
-    except (BuildError, ValueError, FileNotFoundError) as error:
+    except (BuildError, ValueError, OSError) as error:  # an OSError is a missing file, or a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

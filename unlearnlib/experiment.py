@@ -228,8 +228,9 @@ class Report:
         """Take a method along the frontier; at matched forgetting measure and probe what it has made.
 
         ``reach(loss)`` brings ``model`` to that forget loss in nats, and is called for each of ``shares`` in
-        turn, which ascend and hold 1. A method that cannot get to a point is measured where it ended, with
-        ``reached`` 0, and goes no further. Returns the match at the target, or where it ended short of it.
+        turn, which ascend and hold 1; its ``strength`` is counted from where the method began. A method that
+        cannot get to a point is measured where it ended, with ``reached`` 0, and goes no further. Returns the
+        match at the target, or where it ended short of it.
         """
         started = time.perf_counter()
         for share in self.shares:
@@ -245,6 +246,17 @@ class Report:
             if not match.reached:
                 break
         return self.matches[method]
+
+    def follow_steps(
+        self, method: str, model: PreTrainedModel, steps: Iterable[object], max_steps: int = 1000
+    ) -> Match:
+        """:meth:`follow` for a method that updates ``model`` in place at each item drawn from ``steps``.
+
+        Strengths count the steps from the first one on, and so does ``max_steps`` (:class:`matching.Walk`).
+        """
+        forget = self.case.splits.forget
+        walk = matching.Walk(model, steps, lambda: measures.mean_loss(model, forget), max_steps)
+        return self.follow(method, model, walk.to)
 
     def follow_direction(self, method: str, model: PreTrainedModel, start: Vector, direction: Vector) -> Match:
         """:meth:`follow` for a method that takes one step from ``start`` along ``direction``."""

@@ -184,6 +184,29 @@ def _gram(gradients: Tensor, columns: int = 4096, rows: int = 128) -> Tensor:
     return gram
 
 
+def effective_rank(gram: Tensor, number: int | None = None) -> float:
+    """(tr F)² / tr F², estimated from the inner products ``gram`` = GGᵀ [m, m] of gradients drawn at random.
+
+    F is the Fisher of ``number`` sequences, of which these m are a sample without replacement, or where it is None
+    of the whole population they come from. tr F² is the mean of (gᵢᵀgⱼ)² over all pairs, and (tr F)² that of
+    gᵢᵀgᵢ gⱼᵀgⱼ. The pairs i = j have the share 1/number, none in a population, and must not be given the share 1/m
+    that they have in the sample. Both means are then without bias, and their quotient nearly so.
+
+    Raises ValueError if there are less than two gradients, or more than ``number``.
+    """
+    m = len(gram)
+    if m < 2 or (number is not None and number < m):
+        raise ValueError(f"need 2 gradients or more, and no more than there are ({number}), not {m}")
+    gram = gram.double()
+    lengths, same = gram.diagonal(), 0.0 if number is None else 1 / number
+    equal = lengths.square().sum()
+
+    def mean(over_all_pairs: Tensor) -> Tensor:
+        return same * equal / m + (1 - same) * (over_all_pairs - equal) / (m * (m - 1))
+
+    return (mean(lengths.sum().square()) / mean(gram.square().sum())).item()
+
+
 class FisherDiagonal:
     """The diagonal of F: d numbers, added up over the sequences without ever holding G.
 

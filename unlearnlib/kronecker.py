@@ -9,7 +9,8 @@ curvatures follow from how the two sides are treated:
 
 All approximate the true Fisher F = (1/m) Σ_i (1/T) E[s_i s_iᵀ] of m sequences with T predicted tokens each, where
 s_i is the gradient of the *summed* loss of sequence i with labels drawn from the model: in expectation the
-Gauss–Newton matrix of the mean loss L.
+Gauss–Newton matrix of the mean loss L. K-FAC assumes that l lᵀ and r rᵀ of a position drawn at random are
+uncorrelated: not only independent at each position, but all positions alike (Grosse & Martens 2016).
 """
 
 from collections.abc import Callable
@@ -26,7 +27,11 @@ from unlearnlib.measures import logits
 from unlearnlib.weights import Vector, parameters
 
 Factors = dict[str, tuple[Tensor, Tensor]]
-"""By layer E[l lᵀ] and E[r rᵀ]: a matrix [size, size], or where that is too much its diagonal [size]."""
+"""By layer E[l lᵀ] and E[r rᵀ]: a matrix [size, size], or where that is too much its diagonal [size].
+
+So it is for words: of a head's E[l lᵀ] = E[diag p − p pᵀ] only the diagonal is kept, and what is dropped is the
+covariance of any two words. Of a table's, which is one-hot on the left, nothing is dropped.
+"""
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,8 @@ def second_moments(
     """The curvature that is diagonal in the bases of ``basis`` and closest to the Fisher in Frobenius norm.
 
     Its eigenvalues are the second moments of whole sequences' gradients in the bases (George et al. 2018), so they
-    count what positions of a sequence have in common. For a tied matrix, cross terms between its uses are left
-    out. Raises as :func:`kfac`.
+    count what positions of a sequence have in common. Of a tied matrix, cross terms between its uses are left out,
+    so there it is not quite the closest, and K-FAC can be closer. Raises as :func:`kfac`.
     """
     head = model.get_output_embeddings()
     sums = {block.names: torch.zeros_like(block.eigenvalues) for block in basis.blocks}

@@ -132,6 +132,75 @@ def best_damping(sweep: pd.DataFrame) -> float:
     return float(reached.loc[reached["validation_loss"].idxmin(), "damping"])
 
 
+class Walk:
+    """The path of an iterative method on ``model``, along which the forget loss meets one target after another.
+
+    Each item drawn from ``steps`` is one update of the model in place. The path is the broken line through the
+    weights after 0, 1, 2, ... updates, and a strength is a place on it: the number of updates since the start,
+    with a fraction where the last one is taken in part. What is left of such an update is gone first when the
+    walk goes on, before another is drawn. So strength and model at a target do not depend on the targets before
+    it. At most ``max_steps`` updates are drawn, over all targets together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        steps: Iterable[object],
+        forget_loss: Callable[[], float],
+        max_steps: int = 1000,
+    ) -> None:
+        self.model, self.steps, self.forget_loss, self.max_steps = model, iter(steps), forget_loss, max_steps
+        self.drawn, self.strength, self.evaluations = 0, 0.0, 1
+        self.loss = forget_loss()
+        self.ahead: tuple[Vector, float] | None = None  # the end of an update taken in part, and the loss there
+
+    def to(self, target: float, tolerance: float = TOLERANCE) -> Match:
+        """Go on until the forget loss crosses ``target`` nats, and stop there; the model is left at that place.
+
+        If the update that crosses overshoots by more than the tolerance, only the part of it that lands on the
+        target is taken, found by bisection along the update. A method that runs out of steps, or whose loss stops
+        being finite, is left where it was last finite, with ``reached`` false. The numbers of the match are
+        totals since the start of the walk.
+        """
+        while self.loss < target - tolerance:
+            begin, low = snapshot(self.model), self.strength
+            if not self._advance():
+                break
+            if not self.loss <= target + tolerance:
+                self._back(begin, low, target, tolerance)
+                break
+        return Match(self.strength, self.loss, _distance(self.loss, target) <= tolerance, self.evaluations)
+
+    def _advance(self) -> bool:
+        """Go to the end of the update under way, or of a new one; False if there is none."""
+        if self.ahead is not None:
+            end, self.loss = self.ahead
+            set_weights(self.model, end)
+            self.ahead = None
+        else:
+            if self.drawn == self.max_steps or next(self.steps, self) is self:
+                return False
+            self.drawn += 1
+            self.loss = self.forget_loss()
+            self.evaluations += 1
+        self.strength = float(self.drawn)
+        return True
+
+    def _back(self, begin: Vector, low: float, target: float, tolerance: float) -> None:
+        """From the end of an update go back towards ``begin``, at strength ``low``, to where the target is."""
+        self.ahead = snapshot(self.model), self.loss
+        update = difference(self.ahead[0], begin)
+
+        def part(share: float) -> float:
+            set_weights(self.model, begin, update, share)
+            return self.forget_loss()
+
+        last = match_strength(part, target, 1.0, tolerance)
+        set_weights(self.model, begin, update, last.strength)
+        self.strength, self.loss = low + last.strength * (self.drawn - low), last.loss
+        self.evaluations += last.evaluations
+
+
 def match_steps(
     model: PreTrainedModel,
     steps: Iterable[object],
@@ -140,34 +209,11 @@ def match_steps(
     tolerance: float = TOLERANCE,
     max_steps: int = 1000,
 ) -> Match:
-    """Run an iterative method on ``model`` until its forget loss crosses ``target`` nats, and stop there.
+    """Run an iterative method on ``model`` until its forget loss crosses ``target`` nats: a :class:`Walk` to it.
 
-    Each item drawn from ``steps`` is one update of the model in place. If the update that crosses overshoots by
-    more than the tolerance, only the part of it that lands on the target is taken, found by bisection along the
-    update. The model is left at the returned strength, a number of steps. A method that runs out of steps, or
-    whose loss stops being finite, is left where it was last finite, with ``reached`` false.
+    The model is left at the returned strength, a number of steps.
     """
-    loss = forget_loss()
-    evaluations, taken = 1, 0
-    iterator = iter(steps)
-    while loss < target - tolerance and taken < max_steps:
-        before = snapshot(model)
-        if next(iterator, iterator) is iterator:
-            break
-        loss = forget_loss()
-        evaluations += 1
-        taken += 1
-        if not loss <= target + tolerance:
-            update = difference(snapshot(model), before)
-
-            def part(share: float, before: dict = before, update: dict = update) -> float:
-                set_weights(model, before, update, share)
-                return forget_loss()
-
-            last = match_strength(part, target, 1.0, tolerance)
-            set_weights(model, before, update, last.strength)
-            return Match(taken - 1 + last.strength, last.loss, last.reached, evaluations + last.evaluations)
-    return Match(taken, loss, abs(loss - target) <= tolerance, evaluations)
+    return Walk(model, steps, forget_loss, max_steps).to(target, tolerance)
 
 
 def _distance(loss: float, target: float) -> float:

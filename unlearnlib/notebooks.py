@@ -1,11 +1,13 @@
 """Run the book's notebooks by papermill, in parallel, and only those whose inputs changed.
 
 A notebook's executed copy is put into ``_build/<profile>/notebooks`` once it has run to its end. What
-papermill wrote on the way, and what its process printed, stays in ``_build/<profile>/logs``.
+papermill wrote on the way, and what its process printed, stays in ``_build/<profile>/logs``. A notebook that
+fails, or takes longer than any should, stops; the others run.
 """
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +28,26 @@ from unlearnlib.cache import atomic_file, file_hash, json_hash
 # beside it no more than 2. A notebook of the gpu profile has the machine to itself.
 MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
 THREADS = 1  # per notebook: over more threads, sums come out in another order, and so do the numbers
+# Logits take some MiB. By default glibc gives so much back to the system at once, only to ask for it again, which
+# costs a training step one sixth of its time. Other C libraries do not know these variables.
+MEMORY_POOL = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
 PROGRESS_SECONDS = 30.0
+# A notebook that takes so long, several times what it takes on a slow machine, hangs and is stopped; by profile.
+LIMIT_SECONDS = {"quick": 3600.0, "cpu": 8 * 3600.0, "gpu": 24 * 3600.0}
+
+GLUED = re.compile(r"{glue:\w+}`([^`:]+)(?::[^`]*)?`")
+FAILED = """
+
+:::{{error}}
+This chapter could not be computed to its end when the book was made:
+
+~~~~text
+{}
+~~~~
+
+What it shows was computed before that. Numbers that are missing read "(not computed)".
+:::
+"""
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,10 @@ class Run:
     log: IO[bytes]
     started: float
 
-    def seconds(self) -> str:
+    @property
+    def seconds(self) -> float:
         """How long it has been running."""
-        return f"{time.monotonic() - self.started:.0f} s"
+        return time.monotonic() - self.started
 
 
 def listed_notebooks(root: Path) -> list[Path]:
@@ -106,7 +128,7 @@ def plan(root: Path, profile: str, only: Sequence[str] = ()) -> list[Job]:
 def is_done(job: Job) -> bool:
     """Tell whether the executed notebook exists, can be read and was made from these very inputs."""
     try:
-        notebook = nbformat.read(job.output, as_version=4)
+        notebook = _notebook(job.output)
         nbformat.validate(notebook)
         return notebook.metadata.unlearnlib.key == job.key
     except Exception:  # missing, cut short, not a notebook: whatever it is, it has to be made again
@@ -115,10 +137,11 @@ def is_done(job: Job) -> bool:
 
 def run_notebooks(
     root: Path, profile: str, only: Sequence[str] = (), say: Callable[[str], None] = print
-) -> list[str]:
-    """Execute every notebook that is not done; return what failed, one line each.
+) -> dict[str, str]:
+    """Execute every notebook that is not done; return what failed: by notebook the cell and the exception.
 
-    A failure does not stop the other notebooks. An interruption stops everything started here.
+    A failure does not stop the other notebooks. An interruption stops everything started here. Ends with a table
+    of the minutes that each notebook took, now or when it was run.
     Raises ValueError and FileNotFoundError as :func:`plan` does.
     """
     jobs = plan(root, profile, only)
@@ -128,7 +151,7 @@ def run_notebooks(
     for folder in ("logs", "notebooks", "results"):
         (root / "_build" / profile / folder).mkdir(parents=True, exist_ok=True)
     running: list[Run] = []
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     last_progress = time.monotonic()
     try:
         while waiting or running:
@@ -136,17 +159,31 @@ def run_notebooks(
                 say(f"{waiting[0].source.stem}: started")
                 running.append(_start(waiting.popleft()))
             time.sleep(0.1)
-            for run in [run for run in running if run.process.poll() is not None]:
-                failures += _finish(run, say)
-                running.remove(run)
+            for run in list(running):
+                late = run.seconds > LIMIT_SECONDS[profile]
+                if late:
+                    _stop(run)
+                if run.process.poll() is not None:
+                    failures |= _finish(run, say, late)
+                    running.remove(run)
             if time.monotonic() - last_progress > PROGRESS_SECONDS:
                 last_progress = time.monotonic()
                 for run in running:
-                    say(f"{run.job.source.stem}: {_progress(run.job)}, {run.seconds()}")
+                    say(f"{run.job.source.stem}: {_progress(run.job)}, {run.seconds:.0f} s")
     finally:
         for run in running:
             _stop(run)
+    say(timetable(jobs))
     return failures
+
+
+def timetable(jobs: Sequence[Job]) -> str:
+    """The minutes that each of ``jobs`` took when it was run to its end, and their sum, a line each."""
+    minutes = {
+        job.source.stem: _notebook(job.output).metadata.papermill.duration / 60 for job in jobs if is_done(job)
+    }
+    rows = [*minutes.items(), ("together", sum(minutes.values()))]
+    return "\n".join(["minutes a chapter took, on one core:", *(f"{value:7.1f}  {name}" for name, value in rows)])
 
 
 def _files(node: object) -> list[str]:
@@ -185,6 +222,7 @@ def _environment(root: Path, profile: str) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": str(THREADS),
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        **MEMORY_POOL,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONPATH": str(root),  # the library whose hash is in the key
         "JUPYTER_PREFER_ENV_PATH": "1",  # our kernel, not one of the same name in the home folder
@@ -215,30 +253,63 @@ def _start(job: Job) -> Run:
     return Run(job, process, log, time.monotonic())
 
 
-def _finish(run: Run, say: Callable[[str], None]) -> list[str]:
+def _finish(run: Run, say: Callable[[str], None], late: bool) -> dict[str, str]:
     """Keep the executed notebook of a process that ended well; return what is wrong with one that did not."""
     run.log.close()
     name = run.job.source.stem
     if run.process.returncode == 0:
         _keep(run.job)
-        say(f"{name}: done in {run.seconds()}")
-        return []
-    say(f"{name}: FAILED after {run.seconds()}")
-    return [f"{name}: {_what_failed(run.job)} (log: {run.job.log})"]
+        say(f"{name}: done in {run.seconds:.0f} s")
+        return {}
+    say(f"{name}: FAILED after {run.seconds:.0f} s")
+    stopped = f"stopped after {run.seconds / 60:.0f} minutes, {_progress(run.job)}"
+    return {name: stopped if late else _what_failed(run.job)}
 
 
 def _keep(job: Job) -> None:
     """Sign the executed notebook with its key and put it where :func:`is_done` looks, in one step."""
-    notebook = nbformat.read(job.draft, as_version=4)
+    notebook = _notebook(job.draft)
+    _hide_parameters(notebook)
     notebook.metadata["unlearnlib"] = {"key": job.key}
+    with atomic_file(job.output) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+def failed_page(job: Job, reason: str) -> nbformat.NotebookNode:
+    """What to show of a notebook that failed: the reason, all of its prose, and its outputs as far as it got."""
+    notebook = _notebook(job.draft if _started_cells(job) else job.source)
+    notebook.cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in _tags(cell)]
+    _hide_parameters(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    glued = {output.get("metadata", {}).get("scrapbook", {}).get("name") for output in outputs}
+    for output in outputs:
+        if output.output_type == "error":  # the traceback is in the log, and names folders of this machine
+            output.traceback = [f"{output.ename}: {output.evalue}"]
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "markdown":
+            cell.source = GLUED.sub(lambda use: use[0] if use[1] in glued else "(not computed)", cell.source)
+    title = next(cell for cell in notebook.cells if cell.cell_type == "markdown")
+    title.source = re.sub(
+        r"^# .*$", lambda line: line[0] + FAILED.format(reason), title.source, count=1, flags=re.M
+    )
+    return notebook
+
+
+def _notebook(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def _tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def _hide_parameters(notebook: nbformat.NotebookNode) -> None:
+    for cell in notebook.cells:
+        tags = _tags(cell)
         if "parameters" in tags:
             tags.append("remove-cell")  # the page shows what the run had, not the notebook's defaults
         if "injected-parameters" in tags:
             tags.append("hide-input")
-    with atomic_file(job.output) as temporary:
-        nbformat.write(notebook, temporary)
 
 
 def _stop(run: Run) -> None:
@@ -252,8 +323,14 @@ def _stop(run: Run) -> None:
 
 
 def _progress(job: Job) -> str:
+    """The cell under way and, where it draws one, its progress bar: the last in the log of what it prints."""
     started = _started_cells(job)
-    return f"at cell {len(started)} ({_first_line(started[-1])})" if started else "starting"
+    if not started:
+        return "starting"
+    printed = job.log.read_text(encoding="utf-8", errors="replace").rpartition("Executing Cell")[2]
+    bars = re.findall(r"([^\r\n]*?): +(\d+%)\|[^\r\n|]*\| *(\S+)", printed)
+    bar = " {}: {} ({})".format(*bars[-1]) if bars else ""
+    return f"at cell {len(started)} ({_first_line(started[-1])}){bar}"
 
 
 def _what_failed(job: Job) -> str:
@@ -270,10 +347,10 @@ def _started_cells(job: Job) -> list[nbformat.NotebookNode]:
     """Return the notebook's own cells as far as papermill got; the last one runs, or made it stop."""
     added = {"injected-parameters", "papermill-error-cell-tag"}
     try:
-        cells = nbformat.read(job.draft, as_version=4).cells
+        cells = _notebook(job.draft).cells
     except Exception:  # not written yet, or read in the middle of a write
         return []
-    own = [cell for cell in cells if not added & set(cell.metadata.get("tags", []))]
+    own = [cell for cell in cells if not added & set(_tags(cell))]
     return [cell for cell in own if cell.metadata.get("papermill", {}).get("start_time")]
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearnlib import cache, models
 from unlearnlib.capture import find_layers
 from unlearnlib.own_texts import Material, load_tokenizer, read_material
+from unlearnlib.streaming import least_numbers
 
 STRENGTHS = {
     "gradient_ascent": "step length along the gradient of the forget loss",
@@ -200,7 +201,8 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     elif request.method == "fisher_dual":  # all sequences at once, but of the blocks only one
         blocks = model.config.num_hidden_layers
         held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)
-        passing, search = max(passing, 6 * d + 2**24 + held), 8 * d
+        least = least_numbers(model, find_layers(model), estimation, tokens)
+        passing, search = max(passing, 6 * d + max(2**24, 2 * least) + held), 8 * d
     elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
         passing, search = 6 * d + 2 * batch, 8 * d
     return int(4 * max(passing, search + 64 * tokens * 4 * vocabulary))

@@ -96,8 +96,9 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
     Returns columns ``rerun`` and ``reference`` (the means), ``low`` and ``high`` (the 95 % interval of the
     reference, :func:`bootstrap_interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
-    millionth for rounding. What the reference has of one seed only has no interval and is left out; what the
-    rerun lacks does not agree. Indexed by all columns but seed and value.
+    millionth for rounding. What the reference has of one or two seeds has no interval worth the name (of two, it
+    is from one value to the other) and is left out; what the rerun lacks does not agree. Indexed by all columns
+    but seed and value.
     """
     settings = [column for column in reference.columns if column not in ("exhibit", "seed", "value")]
 
@@ -107,7 +108,7 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
     again, rows = grouped(rerun).mean(), []
     for key, values in grouped(reference):
-        if len(values) > 1:
+        if len(values) > 2:
             low, high = bootstrap_interval(values)
             slack = 1e-6 * max(abs(low), abs(high))
             mean = again.get(key, float("nan"))
@@ -135,7 +136,7 @@ def compare_with_reference(profile: str, folder: str | Path, *exhibits: str) -> 
         rerun, reference = read_results(folder, exhibit), read_results(REFERENCE, exhibit)
         found = agreement(rerun, reference)
         if found.empty:
-            sentences.append(f"`{exhibit}` is of a single seed, which has no interval to compare with.")
+            sentences.append(f"`{exhibit}` is of one or two seeds, which have no interval to compare with.")
             continue
         if found["agrees"].mean() < 0.9:
             worst = found.index[~found["agrees"]][0]

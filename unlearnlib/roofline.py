@@ -1,13 +1,13 @@
 """What each route to H⁻¹v would cost on a machine that is not at hand: computed, and never measured.
 
 A route is a few stages. A stage takes as long as its arithmetic or as its traffic with memory, whichever is longer
-(the roofline model of Williams, Waterman & Patterson 2009), and the time that Python takes to start it. All three
-are counted from the shape of the model.
+(the roofline model of Williams, Waterman & Patterson 2009), and Python takes time to start it. All three are
+counted from the shape of the model.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,25 @@ class Route:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is reached in practice: flops a second by kind, bytes a second, and seconds to start a layer."""
+    """What is reached in practice: flops a second by kind, bytes a second, and seconds to start a layer.
+
+    A processor starts a layer and then works on it. A GPU is ``asynchronous``: Python starts the next layers while
+    it works, so that a stage takes as long as the longer of the two.
+    """
 
     flops: dict[str, float]
     bandwidth: float
     start: float
+    asynchronous: bool = False
 
     def seconds(self, route: Route) -> float:
         """The time of all stages."""
-        return sum(
-            max(stage.flops / self.flops[stage.kind], stage.traffic / self.bandwidth) + stage.starts * self.start
-            for stage in route.stages
-        )
+        total = 0.0
+        for stage in route.stages:
+            work = max(stage.flops / self.flops[stage.kind], stage.traffic / self.bandwidth)
+            starts = stage.starts * self.start
+            total += max(work, starts) if self.asynchronous else work + starts
+        return total
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,25 @@ class Shape:
         return 2 * t * (self.linear + self.head) + 4 * t * t * self.width * self.layers
 
 
+def lower_triangle(m: int, strip: int) -> int:
+    """Multiplications for each column of G in the lower triangle of GGᵀ [m, m], made in strips of so many columns.
+
+    The squares on the diagonal are made whole, so it is m (m + strip) / 2 where ``strip`` divides m.
+    """
+    return sum((m - i) * min(strip, m - i) for i in range(0, m, strip))
+
+
 def routes(
     shape: Shape, m: int, forget: int, number: int = 4, batch: int = 32, block: int = 64, budget: int = 2**25
 ) -> dict[str, Route]:
     """The routes of the book over ``m`` sequences, by name.
 
-    ``number`` bytes a weight and an activation; statistics are in float32, factorisations in float64. Passes take
-    ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has ``budget`` bytes
-    for its chunks. The recursions and the dual form start from the gradients that ``sequence_gradients`` has made,
-    and "kfac:request" from built factors and the gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
+    ``number`` bytes a weight, an activation and a number of G, in whose format the recursions work as well;
+    Kronecker factors and streaming's sums are in float32, factorisations and the dual form's GGᵀ in float64.
+    Passes take ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has
+    ``budget`` bytes for its chunks, or what one row of a layer's gradients takes. The recursions and the dual form
+    start from the gradients that ``sequence_gradients`` has made, and "kfac:request" from built factors and the
+    gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """
@@ -142,13 +159,17 @@ def routes(
         Stage("float64", 2 * cubes),
     ]
     own_gradients = 2 * m * t * (shape.linear + shape.head)
-    own_gram = float32(own_gradients + m * (m + 64) * d, 2 * m * d * 4)  # half of GGᵀ, in strips of 64
+    own_gram = float32(own_gradients + 2 * lower_triangle(m, 64) * d, 2 * m * d * 4)
+    head = 3 * 2 * m * t * shape.head  # streaming's own products with the output layer: logits twice, and back
+    trunk = passes(3, batch=m)
+    trunk = replace(trunk, flops=trunk.flops - head)
     decomposition = Stage("eigen", 9 * m**3)
     pass_bytes = (
         kept(14, 6) if m == batch else kept(14, 8) + squares * 4
     )  # the last batch's logits are still there
     factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
     combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
+    chunk = max(budget, m * max(t + table, 4 * h) * 4)  # at least a row of the widest layer of all sequences
 
     return {
         "gradient": Route([passes(3)], kept(12, 3) + v),
@@ -157,19 +178,25 @@ def routes(
         "newton_cg": Route([passes(6), float32(10 * d, 10 * v)], kept(12, 9, 1) + 6 * v),
         "sequence_gradients": Route([passes(3, batch=1), float32(0, 3 * gradients)], gradients + 2 * v),
         "fisher_recursion": Route(
-            [float32(4 * m * d * block, 3 * gradients * block)],
+            [Stage("model", 4 * m * d * block, 3 * gradients * block)],
             gradients + v * block,
             gradients,
         ),
-        "fisher_recursion:unrolled": Route([float32(2 * m**2 * d, m * gradients)], gradients + 4 * v, gradients),
+        "fisher_recursion:unrolled": Route(
+            [Stage("model", 2 * m**2 * d, m * gradients)], gradients + 4 * v, gradients
+        ),
         "fisher_dual": Route(
-            [Stage("float64", 2 * m**2 * d, gradients), decomposition, float32(4 * m * d, 2 * gradients)],
+            [
+                Stage("float64", 2 * lower_triangle(m, 128) * d, gradients),
+                decomposition,
+                Stage("model", 4 * m * d, 2 * gradients),
+            ],
             max(4 * v, 4096 * 8 * m + 24 * m * m),
             gradients,
         ),
         "fisher_dual:streaming": Route(
-            [passes(3, batch=m), own_gram, decomposition, passes(3, batch=combined)],
-            max(budget + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
+            [trunk, float32(head, 0), own_gram, decomposition, passes(3, batch=combined)],
+            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
         ),
         "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
         "kfac": Route(factors, factors_bytes),
@@ -182,7 +209,7 @@ def routes(
             max(kept(12, 3, batch=one), 2 * v) + 2 * v,
             (squares + d) * 4,
         ),
-        "retrained:epoch": Route(
-            [passes(3), float32(15 * d * m / batch, 28 * d * m / batch)], kept(12, 3) + 3 * v
+        "retrained:epoch": Route(  # AdamW is a list of operations, which together read or write 20 vectors
+            [passes(3), float32(15 * d * m / batch, 20 * v * m / batch)], kept(12, 3) + 3 * v
         ),
     }

@@ -30,16 +30,17 @@ from unlearnlib.weights import Vector, mean_gradient
 class StreamingFisher:
     """All of F = GᵀG/m of ``sequences`` [m, tokens], as ``FisherDual`` has it, without ever holding G.
 
-    It keeps a copy of the model. ``budget_bytes`` bounds what the build holds of G and of the logits at a time;
-    once that exceeds the processor's cache, more makes nothing faster. Needed in addition, for all m sequences,
-    are the hidden states between the transformer blocks and what one block computes on the way.
+    It keeps a copy of the model. ``budget_bytes`` is what the build may hold of G and of the logits at a time;
+    once that exceeds the processor's cache, more makes nothing faster. The least that can be held, whatever the
+    budget, is one row of one layer's gradients of all sequences: no more than what one layer reads. Needed in
+    addition, for all m sequences, are the hidden states between the transformer blocks and what one block
+    computes on the way.
 
     Gᵀw takes a pass over the sequences, ``batch_size`` at a time, and so does Gv, except that the products with a
     ``v`` that is known beforehand come with the build. ``eigenvalues`` of F [m], ascending; all others are 0.
 
-    Raises ValueError without sequences or if the budget is too small for one row of a layer, NotImplementedError
-    for a layer of no known kind or an output layer with something behind it, FloatingPointError naming the
-    sequence whose gradient is not finite.
+    Raises ValueError without sequences, NotImplementedError for a layer of no known kind or an output layer with
+    something behind it, FloatingPointError naming the sequence whose gradient is not finite.
     """
 
     def __init__(
@@ -123,23 +124,17 @@ class _Build:
         check_length(model, sequences.shape[1])
         self.model, self.v = model, v
         self.inputs, self.targets = sequences[:, :-1].to(model.device), sequences[:, 1:].to(model.device)
-        self.head = _output_layer(model, self.inputs[:1])
+        self.head = _output_layer(model, self.inputs[:1, :4])
         layers = find_layers(model)
         self.layers = [layer for layer in layers if layer.module is not self.head]
         self.head_layer = next((layer for layer in layers if layer.module is self.head), None)
         tables = {layer.weight for layer in self.layers if layer.kind == "embedding"}
         self.tied = self.head_layer is not None and self.head_layer.weight in tables
 
-        (m, tokens), (vocabulary, width) = self.targets.shape, self.head.weight.shape
-        rows = {layer.name: m * layer.module.weight.shape[0 if layer.transposed else -1] for layer in self.layers}
-        rows["the output layer"] = max(m * (tokens + width), 2 * tokens * vocabulary)
-        dtype, widest = torch.promote_types(model.dtype, torch.float32), max(rows, key=rows.__getitem__)
-        if budget_bytes < rows[widest] * dtype.itemsize:
-            raise ValueError(
-                f"a budget of {budget_bytes:,} bytes is too small for a row of {widest} of {m} sequences: "
-                f"allow {rows[widest] * dtype.itemsize:,} bytes, or take fewer sequences"
-            )
-        self.buffer = torch.empty(budget_bytes // dtype.itemsize, dtype=dtype, device=model.device)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        least = least_numbers(model, self.layers, *self.targets.shape)
+        self.buffer = torch.empty(max(budget_bytes // dtype.itemsize, least), dtype=dtype, device=model.device)
+        m = len(sequences)
         self.gram = torch.zeros(m, m, dtype=torch.float64, device=model.device)
         self.products = torch.zeros(m, dtype=torch.float64, device=model.device)
 
@@ -186,7 +181,7 @@ class _Build:
         for rows in self._slices(len(entries), m * (tokens + width)):
             part = self._space(m * tokens * (rows.stop - rows.start), m, rows.stop - rows.start, width)
             if head:
-                residuals = self._residuals(slice(0, m), rows)
+                residuals = self._residuals(rows)
                 torch.bmm(residuals.mT, self.hidden, out=part)
                 self._add(residuals.sum(dim=1), self.head_layer.bias, rows)
             else:
@@ -198,29 +193,47 @@ class _Build:
             self._add(part, name, entries[rows])
 
     def _loss_gradient(self) -> Tensor:
-        """Gradient of Σ ℓᵢ by the last hidden states, Wᵀ(p − e_y)/T of each token."""
-        gradient = torch.empty_like(self.hidden)
-        self.normalisers = self.hidden.new_empty(*self.targets.shape, 1)
-        vocabulary = slice(0, self.head.out_features)
-        for some in self._slices(len(gradient), 2 * self.targets.shape[1] * vocabulary.stop):
-            gradient[some] = self._residuals(some, vocabulary, new=True) @ self.head.weight.to(gradient.dtype)
-        return gradient
+        """Gradient of Σ ℓᵢ by the last hidden states, Wᵀ(p − e_y)/T of each token.
 
-    def _residuals(self, sequences: slice, rows: slice, new: bool = False) -> Tensor:
-        """(p − e_y)/T of each token of some sequences for some rows of the vocabulary, [sequences, T, rows]."""
-        labels = self.targets[sequences]
-        z = self._space(0, *labels.shape, rows.stop - rows.start)
-        weight = self.head.weight[rows].to(z.dtype)
-        torch.mm(self.hidden[sequences].flatten(end_dim=1), weight.mT, out=z.flatten(end_dim=1))
-        if self.head.bias is not None:
-            z += self.head.bias[rows]
-        if new:
-            self.normalisers[sequences] = z.logsumexp(dim=2, keepdim=True) + math.log(labels.shape[1])
-        # Below ε² a probability counts for nothing, and products that underflow would be slow.
-        z = torch.threshold_(z.sub_(self.normalisers[sequences]).exp_(), torch.finfo(z.dtype).eps ** 2, 0)
+        Tiles of some tokens and some rows of the vocabulary fit the buffer, however large the vocabulary is: what
+        has been summed relative to the largest logit so far is scaled down where a larger one comes (the online
+        softmax of Milakov & Gimelshein 2018).
+        """
+        hidden, labels = self.hidden.flatten(end_dim=1), self.targets.flatten()
+        gradient, total = torch.zeros_like(hidden), hidden.new_zeros(len(hidden), 1)
+        top = torch.full_like(total, -math.inf)
+        vocabulary, room = self.head.out_features, len(self.buffer)
+        height = max(min(vocabulary, math.isqrt(room)), room // len(hidden))
+        for some in self._slices(len(hidden), height):
+            for rows in self._slices(vocabulary, room // height):
+                z, weight = self._logits(hidden[some], rows)
+                largest = torch.maximum(top[some], z.amax(dim=1, keepdim=True))
+                z, shrink = _exp(z.sub_(largest)), (top[some] - largest).exp_()
+                top[some] = largest
+                total[some] = shrink * total[some] + z.sum(dim=1, keepdim=True)
+                gradient[some].mul_(shrink).addmm_(z, weight)
+            gradient[some] /= total[some]
+            gradient[some] -= self.head.weight[labels[some]]
+        m, tokens = self.targets.shape
+        self.normalisers = (top + total.log() + math.log(tokens)).view(m, tokens, 1)
+        return gradient.div_(tokens).view_as(self.hidden)
+
+    def _residuals(self, rows: slice) -> Tensor:
+        """(p − e_y)/T of each token of all sequences for some rows of the vocabulary, [m, T, rows]."""
+        labels = self.targets
+        z = self._logits(self.hidden.flatten(end_dim=1), rows)[0].view(*labels.shape, -1)
+        z = _exp(z.sub_(self.normalisers))
         sequence, position = ((labels >= rows.start) & (labels < rows.stop)).nonzero(as_tuple=True)
         z[sequence, position, labels[sequence, position] - rows.start] -= 1 / labels.shape[1]
         return z
+
+    def _logits(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Logits of tokens for some rows of the vocabulary, at the buffer's start, and the rows' weights."""
+        weight = self.head.weight[rows].to(hidden.dtype)
+        z = torch.mm(hidden, weight.mT, out=self._space(0, len(hidden), len(weight)))
+        if self.head.bias is not None:
+            z += self.head.bias[rows]
+        return z, weight
 
     def _add(
         self, part: Tensor, name: str | None, rows: slice | Tensor = slice(None), transposed: bool = False
@@ -247,6 +260,20 @@ class _Build:
     def _space(self, start: int, *shape: int) -> Tensor:
         """A tensor of that shape within the buffer."""
         return self.buffer[start : start + math.prod(shape)].view(shape)
+
+
+def least_numbers(model: PreTrainedModel, layers: list[Layer], sequences: int, tokens: int) -> int:
+    """The least that a build has to hold of G: of ``sequences``, a row of each of ``layers`` and of the table.
+
+    A row of the output layer comes with the residuals of all ``tokens`` that each sequence predicts.
+    """
+    widths = [layer.module.weight.shape[0 if layer.transposed else -1] for layer in layers]
+    return sequences * max([tokens + model.get_output_embeddings().weight.shape[1], *widths])
+
+
+def _exp(z: Tensor) -> Tensor:
+    """Replace z by exp z: below ε² a probability counts for nothing, and products that underflow would be slow."""
+    return torch.threshold_(z.exp_(), torch.finfo(z.dtype).eps ** 2, 0)
 
 
 def _output_layer(model: PreTrainedModel, tokens: Tensor) -> nn.Linear:

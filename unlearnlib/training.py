@@ -143,7 +143,6 @@ CODE = (
     models.half_precision,
     measures.sequence_losses,
     measures.token_losses,
-    measures.log_probabilities,
     measures.logits,
 )
 

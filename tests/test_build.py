@@ -1,0 +1,50 @@
+"""The settings that the book is rendered with."""
+
+import subprocess
+
+import pytest
+
+from unlearnlib.build import repository, with_repository
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://github.com/somebody/book.git",
+        "https://github.com/somebody/book",
+        "https://name:token@github.com/somebody/book.git",
+        "git@github.com:somebody/book.git",
+        "ssh://git@github.com:22/somebody/book.git",
+    ],
+)
+def test_the_repository_is_that_of_the_remote(tmp_path, address):
+    checkout(tmp_path, address)
+    assert repository(tmp_path) == ("https://github.com/somebody/book", "published")
+    settings = with_repository({"html": {}}, tmp_path)
+    assert settings["repository"] == {"url": "https://github.com/somebody/book", "branch": "published"}
+    assert settings["html"]["use_repository_button"]
+    assert settings["launch_buttons"]["colab_url"]
+
+
+@pytest.mark.parametrize("address", ["/home/somebody/book", "../book.git", "file:///srv/book.git", None])
+def test_a_remote_that_is_no_place_on_the_web_gets_no_buttons(tmp_path, address):
+    checkout(tmp_path, address)
+    assert repository(tmp_path) is None
+    assert with_repository({"html": {}}, tmp_path) == {"html": {}}
+
+
+def test_a_folder_outside_git_gets_no_buttons(tmp_path):
+    assert repository(tmp_path) is None
+
+
+def test_a_host_that_the_launchers_do_not_know_gets_no_launch_buttons(tmp_path):
+    checkout(tmp_path, "https://git.example.org/somebody/book.git")
+    settings = with_repository({"html": {}}, tmp_path)
+    assert settings["repository"]["url"] == "https://git.example.org/somebody/book"
+    assert "launch_buttons" not in settings
+
+
+def checkout(folder, address):
+    subprocess.run(["git", "init", "-q", "-b", "published", folder], check=True)
+    if address:
+        subprocess.run(["git", "-C", folder, "remote", "add", "origin", address], check=True)
