@@ -128,9 +128,10 @@ class Lanczos:
 class Smallest:
     """An estimate of the smallest eigenvalue of A: ``value`` θ, its ``residual`` ‖A x − θ x‖, and the ``run``.
 
-    Proved, up to rounding: λ_min ≤ θ, a Rayleigh quotient, and *some* eigenvalue lies within the residual of θ. Not
-    proved: that this one is λ_min. Lanczos's method cannot know of an eigenvector that its start lacks, and is late
-    in finding one of which its start has little. Where θ has converged to λ_min, ``bound`` = θ − residual is below.
+    Proved, up to rounding: λ_min ≤ θ, a Rayleigh quotient, and *some* eigenvalue lies within the residual of θ.
+    Not proved: that this one is λ_min. Lanczos's method cannot know of an eigenvector that its start lacks, and is
+    late in finding one that its start has little of. ``bound`` = θ − residual is below λ_min if θ has converged to
+    it.
     """
 
     value: float
