@@ -58,7 +58,7 @@ def test_a_zero_right_hand_side():
 
 def test_never_a_silent_wrong_answer():
     indefinite = matrix_with([-1.0, *[2.0] * 29])
-    with pytest.raises(krylov.NegativeCurvature, match="raise the damping by more than"):
+    with pytest.raises(krylov.NegativeCurvature, match=r"perhaps much less.*converged estimate"):
         krylov.conjugate_gradients(lambda v: indefinite @ v, B)
     with pytest.raises(krylov.NotConverged, match=r"after 3 iterations.*allow more iterations"):
         krylov.conjugate_gradients(lambda v: SPD @ v, B, tolerance=1e-10, max_iterations=3)
@@ -112,6 +112,57 @@ def test_lanczos_stops_where_the_space_closes():
     found = krylov.lanczos(lambda v: matrix @ v, B, 30)
     assert len(found.matrix) == 2
     torch.testing.assert_close(found.apply(lambda t: 1 / t), torch.linalg.solve(matrix, B))
+
+
+# Few eigenvalues far up, many around zero, a cluster at the lower end: what the Hessian of a network looks like.
+CLUSTERED = [-0.4, -0.395, -0.39, -0.35, *np.linspace(-0.2, 0.2, 500), *np.linspace(1, 150, 60)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_smallest_eigenvalue_of_a_clustered_spectrum(seed):
+    matrix = matrix_with(CLUSTERED, seed)
+    start = vector(len(matrix), seed + 10)
+    found = krylov.smallest_eigenvalue(lambda v: matrix @ v, start)
+    assert found.bound <= -0.4 <= found.value + 1e-12
+    assert found.residual <= 0.1 * abs(found.value)
+    sharp = krylov.smallest_eigenvalue(lambda v: matrix @ v, start, tolerance=1e-6)
+    assert sharp.value == pytest.approx(-0.4, abs=1e-9)
+    assert len(sharp.run.matrix) > len(found.run.matrix)
+    # A few steps are not enough: 1.2 times the size of that Ritz value leaves the matrix indefinite.
+    early, _ = krylov.lanczos(lambda v: matrix @ v, start, 20).smallest()
+    assert 1.2 * abs(early) < 0.4 < 1.2 * abs(found.bound)
+
+
+def test_the_residual_of_a_ritz_pair_is_its_residual():
+    run = krylov.lanczos(lambda v: SPD @ v, B, 8)
+    value, residual = run.smallest()
+    _, vectors = torch.linalg.eigh(run.matrix)
+    x = vectors[:, 0] @ run.basis
+    assert residual == pytest.approx((SPD @ x - value * x).norm().item(), rel=1e-8)
+    assert (torch.linalg.eigvalsh(SPD) - value).abs().min().item() <= residual
+
+
+def test_a_start_without_the_smallest_eigenvector_finds_the_next():
+    """What no residual can tell, and why only a converged estimate from a suitable start is a bound."""
+    values = torch.tensor([-2.0, *np.linspace(-1, 3, 40)], dtype=torch.float64)
+    start = torch.ones(41, dtype=torch.float64)
+    assert krylov.smallest_eigenvalue(lambda v: values * v, start, 1e-6).value == pytest.approx(-2)
+    start[0] = 0
+    assert krylov.smallest_eigenvalue(lambda v: values * v, start, 1e-6).value == pytest.approx(-1)
+
+
+def test_a_singular_matrix_and_a_single_step():
+    matrix = matrix_with([0.0] * 5 + [1.0] * 10 + [4.0] * 15)
+    found = krylov.smallest_eigenvalue(lambda v: matrix @ v, B)
+    assert found.value == pytest.approx(0, abs=1e-12)
+    assert found.bound <= 1e-12
+    assert krylov.smallest_eigenvalue(lambda v: -3 * v, B).value == pytest.approx(-3)
+
+
+def test_an_estimate_that_has_not_converged_is_refused():
+    matrix = matrix_with(CLUSTERED)
+    with pytest.raises(krylov.NotConverged, match=r"after 10 steps .* allow more steps"):
+        krylov.smallest_eigenvalue(lambda v: matrix @ v, vector(len(matrix)), max_steps=10)
 
 
 def test_lanczos_refuses_bad_input():

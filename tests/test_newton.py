@@ -140,6 +140,19 @@ def test_solve_and_powers_against_the_explicit_matrix(model):
         assert ((ours - expected).norm() / expected.norm()).item() < 1e-6
 
 
+def test_the_smallest_eigenvalue_against_the_explicit_matrix(model):
+    lowest = torch.linalg.eigvalsh(explicit_hessian(model))[0].item()
+    hessian = newton.Hessian(model, SEQUENCES)
+    v = weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(1))
+    found = hessian.smallest_eigenvalue(v, tolerance=1e-3)
+    assert found.bound <= lowest <= found.value + 1e-12
+    assert found.value == pytest.approx(lowest, rel=2e-3)
+    row = weights.flatten(v)
+    x = weights.flatten(hessian.solve(v, damping=-1.1 * found.bound))  # more damping than that is not needed
+    system = explicit_hessian(model) - 1.1 * found.bound * torch.eye(len(row), dtype=row.dtype)
+    assert ((system @ x - row).norm() / row.norm()).item() < 2e-3
+
+
 def test_it_keeps_the_weights_it_was_built_at():
     model, sequences = tiny_model(), random_sequences(3)
     v = weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(0))
@@ -155,9 +168,9 @@ def test_bad_input_says_what_to_change(model):
     for damping in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="damping must be positive and finite"):
             newton.GaussNewton(model, SEQUENCES).solve(v, damping)
-    with pytest.raises(krylov.NegativeCurvature, match="raise the damping"):
+    with pytest.raises(krylov.NegativeCurvature, match="Raise the damping beyond the size of a converged"):
         newton.Hessian(model, SEQUENCES).solve(v, 1e-6)
-    with pytest.raises(krylov.NegativeCurvature, match="raise the damping"):
+    with pytest.raises(krylov.NegativeCurvature, match="Raise the damping beyond the size of a converged"):
         newton.Hessian(model, SEQUENCES).power(v, -0.5, 1e-6)
     with pytest.raises(krylov.NotConverged, match="allow more iterations"):
         newton.GaussNewton(model, SEQUENCES, tolerance=1e-9, max_iterations=3).solve(v, 1e-6)

@@ -22,6 +22,12 @@ class NotConverged(RuntimeError):
     """The budget of iterations ran out before the tolerance was reached."""
 
 
+REMEDY = (
+    "Raise the damping beyond the size of a converged estimate (krylov.smallest_eigenvalue), "
+    "or take a positive semi-definite matrix such as Gauss-Newton's"
+)
+
+
 @dataclass(frozen=True)
 class Solution:
     """``x`` with A x ≈ b, and ``residuals``: ‖b − A x‖ / ‖b‖ before the first iteration and after each."""
@@ -64,8 +70,8 @@ def conjugate_gradients(
         if not curvature > 0:
             rayleigh = (curvature / (p @ p)).item()
             raise NegativeCurvature(
-                f"iteration {len(residuals)} met a direction of curvature {rayleigh:.2e}: raise the damping by "
-                f"more than {abs(rayleigh):.2e}, or take a positive semi-definite matrix such as Gauss-Newton's"
+                f"iteration {len(residuals)} met a direction of curvature {rayleigh:.2e}, so the smallest "
+                f"eigenvalue is that or less, and perhaps much less. {REMEDY}"
             )
         step = rz / curvature
         x = x + step * p
@@ -106,6 +112,10 @@ class Lanczos:
         values, vectors = torch.linalg.eigh(self.matrix)
         return values, vectors[0] ** 2
 
+    def smallest(self) -> tuple[float, float]:
+        """The smallest Ritz value θ, an eigenvalue of T, and the residual ‖A x − θ x‖ of its unit vector x."""
+        return _smallest_pair(self.matrix, self.beyond)
+
     def residual(self, damping: float, steps: int | None = None) -> float:
         """‖b − (A + λI) x‖ / ‖b‖ of the solution after ``steps`` steps, known without another product."""
         k = len(self.matrix) if steps is None else steps
@@ -114,11 +124,65 @@ class Lanczos:
         return last * (self.beyond if k == len(self.matrix) else self.matrix[k, k - 1].item())
 
 
-def lanczos(product: Product, b: Tensor, steps: int, description: str | None = None) -> Lanczos:
+@dataclass(frozen=True)
+class Smallest:
+    """An estimate of the smallest eigenvalue of A: ``value`` θ, its ``residual`` ‖A x − θ x‖, and the ``run``.
+
+    Proved, up to rounding: λ_min ≤ θ, a Rayleigh quotient, and *some* eigenvalue lies within the residual of θ.
+    Not proved: that this one is λ_min. Lanczos's method cannot know of an eigenvector that its start lacks, and is
+    late in finding one that its start has little of. ``bound`` = θ − residual is below λ_min if θ has converged to
+    it.
+    """
+
+    value: float
+    residual: float
+    run: Lanczos
+
+    @property
+    def bound(self) -> float:
+        """θ − residual: a bound from below of λ_min, on the condition that θ has converged to λ_min."""
+        return self.value - self.residual
+
+
+def smallest_eigenvalue(
+    product: Product, b: Tensor, tolerance: float = 0.1, max_steps: int = 300, description: str | None = None
+) -> Smallest:
+    """Lanczos's method from b until the residual of its smallest Ritz value θ is at most ``tolerance`` |θ|.
+
+    A smaller tolerance is not only sharper but safer, for on its way down to λ_min a Ritz value may pause at an
+    eigenvalue above it. For a singular matrix, whose θ tends to 0, rounding is what ends the run. One product a
+    step. Start from a random vector unless it is known that b has a part along the eigenvector that is wanted.
+
+    Raises NotConverged if ``max_steps`` steps do not suffice, and what :func:`lanczos` raises.
+    """
+    rounding = 100 * torch.finfo(b.dtype).eps
+
+    def settled(matrix: Tensor, beyond: float) -> bool:
+        values, (value, residual) = torch.linalg.eigvalsh(matrix), _smallest_pair(matrix, beyond)
+        return residual <= max(tolerance * abs(value), rounding * values.abs().max().item())
+
+    run = lanczos(product, b, max_steps, description, settled)
+    value, residual = run.smallest()
+    if not settled(run.matrix, run.beyond):
+        raise NotConverged(
+            f"after {max_steps} steps of Lanczos's method the smallest Ritz value is {value:.2e} with a residual "
+            f"of {residual:.1e}, more than {tolerance:g} of its size: allow more steps"
+        )
+    return Smallest(value, residual, run)
+
+
+def lanczos(
+    product: Product,
+    b: Tensor,
+    steps: int,
+    description: str | None = None,
+    enough: Callable[[Tensor, float], bool] | None = None,
+) -> Lanczos:
     """Run ``steps`` steps of Lanczos's method (1950) from b, each basis vector made orthogonal to all before it.
 
-    Ends early where the space closes. A ``description`` puts a progress bar under that name. Raises ValueError
-    if b is zero or ``steps`` not positive, FloatingPointError if a product is not finite.
+    Ends early where the space closes, or where ``enough(matrix, beyond)`` holds (see :class:`Lanczos`). A
+    ``description`` puts a progress bar under that name. Raises ValueError if b is zero or ``steps`` not positive,
+    FloatingPointError if a product is not finite.
     """
     if steps < 1:
         raise ValueError(f"need at least one step of Lanczos's method, not {steps}")
@@ -139,10 +203,20 @@ def lanczos(product: Product, b: Tensor, steps: int, description: str | None = N
         beside.append(w.norm().item())
         if beside[-1] <= 10 * torch.finfo(b.dtype).eps * size or k == steps - 1:
             break
+        if enough is not None and enough(_tridiagonal(diagonal, beside[:-1]), beside[-1]):
+            break
         basis.append(w / beside[-1])
-    off = torch.tensor(beside[:-1], dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-    return Lanczos(torch.stack(basis), matrix, length, beside[-1])
+    return Lanczos(torch.stack(basis), _tridiagonal(diagonal, beside[:-1]), length, beside[-1])
+
+
+def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
+    off = torch.tensor(beside, dtype=torch.float64)
+    return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+
+
+def _smallest_pair(matrix: Tensor, beyond: float) -> tuple[float, float]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values[0].item(), beyond * vectors[-1, 0].abs().item()
 
 
 def _length(v: Tensor, what: str) -> float:

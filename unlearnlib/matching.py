@@ -38,13 +38,14 @@ def match_strength(
     tolerance: float = TOLERANCE,
     max_evaluations: int = 60,
 ) -> Match:
-    """Find the smallest strength at which a one-shot method's forget loss equals ``target`` nats, by bisection.
+    """Find a strength at which a one-shot method's forget loss equals ``target`` nats, by bisection.
 
     ``loss_at(strength)`` applies the method afresh at that strength and returns the forget loss; it must be
     continuous, need not be monotone, and may overflow: a loss that is not finite counts as above the target.
-    The first bracket is found by doubling or halving ``start``. If the target cannot be bracketed the result
-    is the strength that came closest, with ``reached`` false. The last strength tried is not always the one
-    returned, so apply the result once more before using the model.
+    The first bracket is found by doubling or halving ``start``, so where the loss is not monotone a smaller
+    strength may do as well. If the target cannot be bracketed the result is the strength that came closest, with
+    ``reached`` false. The last strength tried is not always the one returned, so apply the result once more before
+    using the model.
 
     Raises ValueError if ``start`` is not positive or the target not finite.
     """

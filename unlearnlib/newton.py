@@ -16,7 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature import check_damping
-from unlearnlib.krylov import Lanczos, NegativeCurvature, NotConverged, Solution, conjugate_gradients, lanczos
+from unlearnlib.krylov import (
+    REMEDY,
+    Lanczos,
+    NegativeCurvature,
+    NotConverged,
+    Smallest,
+    Solution,
+    conjugate_gradients,
+    lanczos,
+    smallest_eigenvalue,
+)
 from unlearnlib.measures import logits, sequence_losses
 from unlearnlib.weights import Vector, flatten, parameters, unflatten
 
@@ -92,6 +102,10 @@ class MatrixFree:
         """``steps`` steps of Lanczos's method from v, a product each: the solutions for every λ in one run."""
         return lanczos(self._row_product(v), flatten(v), steps, description)
 
+    def smallest_eigenvalue(self, v: Vector, description: str | None = None, **settings: float) -> Smallest:
+        """The smallest eigenvalue of C by :func:`unlearnlib.krylov.smallest_eigenvalue` from v."""
+        return smallest_eigenvalue(self._row_product(v), flatten(v), description=description, **settings)
+
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(C + λI)^p v by Lanczos's method, in ``max_iterations`` steps or until the space closes.
 
@@ -104,8 +118,7 @@ class MatrixFree:
             lowest = values.min().item()
             if lowest + damping <= 0:
                 raise NegativeCurvature(
-                    f"the curvature has an eigenvalue of {lowest:.2e} or less: raise the damping beyond "
-                    f"{-lowest:.2e}, or take a positive semi-definite matrix such as Gauss-Newton's"
+                    f"the curvature has an eigenvalue of {lowest:.2e} or less, perhaps much less. {REMEDY}"
                 )
             return (values + damping) ** exponent
 
