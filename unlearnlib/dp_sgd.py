@@ -108,6 +108,7 @@ class PrivateRun:
         description = run.description | {
             "privacy": dataclasses.asdict(self.privacy),
             "private_code": cache.json_hash("".join(map(inspect.getsource, CODE))),
+            "orders": _ORDERS,
             "opacus": opacus.__version__,
         }
         return cache.cache_folder() / "models" / cache.json_hash(description)[:32]
@@ -285,7 +286,7 @@ def load_private(run: PrivateRun, device: torch.device | str | None = None) -> P
     """The model of ``run``, from the cache where it is whole, else trained now."""
     with cache.lock(run.folder):
         if not training.intact(run.folder):
-            model = models.load_model(run.source, seed=run.seed, device=device)
+            model = models.load_model(run.source, seed=run.seed)  # on the device that is in the folder's name
             started = time.process_time()
             losses = train_private(model, run)
             spent = time.process_time() - started
