@@ -30,6 +30,7 @@ class Case:
     """One repetition: the splits of one seed, and the models that belong to them.
 
     Every call of ``original``, ``retrained`` and ``retrained_again`` loads a fresh copy, to be changed at will.
+    Raises ValueError for less than two retain sequences, which cannot be parted.
     """
 
     profile: Profile
@@ -37,15 +38,22 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     splits: Splits
 
+    def __post_init__(self) -> None:
+        if len(self.splits.retain) < 2:
+            raise ValueError(
+                f"{len(self.splits.retain)} retain sequence is too few: settings are chosen on some, and curvature is "
+                "estimated on others, so that at least 2 are needed"
+            )
+
     @property
     def validation(self) -> Tensor:
-        """The last eighth of the retain sequences: settings such as λ are chosen by the loss on these."""
-        return self.splits.retain[-(len(self.splits.retain) // 8) :]
+        """The last eighth of the retain sequences, at least one: settings such as λ are chosen by their loss."""
+        return self.splits.retain[-max(1, len(self.splits.retain) // 8) :]
 
     @property
     def estimation(self) -> Tensor:
-        """The other retain sequences: curvature is estimated on these."""
-        return self.splits.retain[: -(len(self.splits.retain) // 8)]
+        """The other retain sequences, all that methods read: for steps and for the estimation of curvature."""
+        return self.splits.retain[: -len(self.validation)]
 
     def rows(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
         """The measured ``values``, by metric, of a model of this case as rows of a results table."""
