@@ -228,7 +228,16 @@ def called_within(function):
 
 
 # They are called on the way to a trained model, but do not decide what it becomes.
-NO_INFLUENCE = {"check_length", "default_device", "_resume", "_save", "store", "Run.folder", "Run.description"}
+NO_INFLUENCE = {
+    "check_length",
+    "default_device",
+    "_resume",
+    "_save",
+    "store",
+    "clock",
+    "Run.folder",
+    "Run.description",
+}
 
 
 def test_all_code_that_makes_a_model_is_in_its_name(run, monkeypatch):

@@ -1,7 +1,6 @@
 """The set-up that all chapters share: one case a seed, its models from the cache, and its table of measures."""
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import extraction, matching, measures, relearning
+from unlearnlib import cost, extraction, matching, measures, relearning
 from unlearnlib.data import load_corpus
 from unlearnlib.matching import Match
 from unlearnlib.models import load_tokenizer
@@ -41,8 +40,8 @@ class Case:
     def __post_init__(self) -> None:
         if len(self.splits.retain) < 2:
             raise ValueError(
-                f"{len(self.splits.retain)} retain sequence is too few: settings are chosen on some, and curvature is "
-                "estimated on others, so that at least 2 are needed"
+                f"{len(self.splits.retain)} retain sequence is too few: settings are chosen on some and curvature "
+                "is estimated on others, so at least 2 are needed"
             )
 
     @property
@@ -128,10 +127,10 @@ class Report:
     """Measures models of one case against its retrained model, and keeps all that the chapter's tables need.
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
-    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
-    time these took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and
-    4 bits, where ``extraction`` is set by what greedy continuation brings out of the forget sequences after every
-    so many tokens.
+    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the time
+    these took by :func:`unlearnlib.cost.clock`. Where ``rounding`` is set the models are also measured with their
+    weights rounded to 8 and 4 bits, where ``extraction`` is set by what greedy continuation brings out of the
+    forget sequences after every so many tokens.
     """
 
     case: Case
@@ -240,11 +239,12 @@ class Report:
         cannot get to a point is measured where it ended, with ``reached`` 0, and goes no further. Returns the
         match at the target, or where it ended short of it.
         """
-        started = time.perf_counter()
+        clock = cost.clock(model.device)
+        started = clock()
         for share in self.shares:
             match = reach(self.original_loss + share * (self.target - self.original_loss))
             if share == 1.0 or (not match.reached and share < 1.0):
-                self.seconds[method] = time.perf_counter() - started
+                self.seconds[method] = clock() - started
                 self.matches[method] = match
                 self.measure(method, model, strength=match.strength, reached=float(match.reached))
                 self.probe(method, model)

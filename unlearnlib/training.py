@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from unlearnlib import cache, measures, models
+from unlearnlib import cache, cost, measures, models
 from unlearnlib.measures import check_length, sequence_losses
 
 
@@ -170,9 +170,10 @@ def _load(source: str | dict[str, Any] | Path, run: Run, **options: Any) -> PreT
 def _train_into_cache(run: Run) -> None:
     model = _load(run.source, run, seed=run.seed)
     checkpoint = run.folder.with_suffix(".checkpoint.safetensors")
-    started = time.perf_counter()
+    clock = cost.clock(model.device)
+    started = clock()
     losses = train(model, run.sequences, run.training, run.seed, checkpoint)
-    store(model, run.folder, {"losses": losses, "seconds": time.perf_counter() - started, "run": run.description})
+    store(model, run.folder, {"losses": losses, "seconds": clock() - started, "run": run.description})
 
 
 # What a trained model depends on: a change to any of these trains every model again.
