@@ -88,7 +88,7 @@ def test_cuda_is_synchronised_and_asked_for_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
     fake_clock(monkeypatch, "perf_counter", 1.0, 2.0, 3.0)
     assert cost.measure(lambda: log.append("call"), "cuda") == cost.Cost(2.0, 250)
-    assert log == ["reset"] + 4 * ["call", "wait"]
+    assert log == ["reset", "call", "wait"] + 3 * ["wait", "call", "wait"]
 
 
 def test_an_error_of_the_function_comes_through_and_leaves_no_trace():

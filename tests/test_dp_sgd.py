@@ -227,7 +227,7 @@ def test_models_come_from_the_cache_and_damage_is_noticed(tmp_path, monkeypatch)
     monkeypatch.setattr(dp_sgd, "train_private", None)  # whoever trains again fails
     again = weights.snapshot(dp_sgd.load_private(run, "cpu"))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert dp_sgd.private_record(run)["cpu_seconds"] > 0
+    assert dp_sgd.private_record(run)["seconds"] > 0
     (folder / "training.json").write_text("{}")
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(TypeError):
         dp_sgd.load_private(run, "cpu")

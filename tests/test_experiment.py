@@ -98,6 +98,26 @@ def test_curvature_and_choices_see_different_parts_of_the_retain_set(cases):
     assert len(case.validation) == len(case.splits.retain) // 8 > 0
 
 
+@pytest.mark.parametrize("number", [2, 3, 7, 8, 17])
+def test_a_small_retain_set_has_both_parts(cases, number):
+    splits = dataclasses.replace(cases[0].splits, retain=cases[0].splits.retain[:number])
+    case = dataclasses.replace(cases[0], splits=splits)
+    assert (len(case.validation), len(case.estimation)) == {
+        2: (1, 1),
+        3: (1, 2),
+        7: (1, 6),
+        8: (1, 7),
+        17: (2, 15),
+    }[number]
+    assert torch.equal(torch.cat([case.estimation, case.validation]), splits.retain)
+
+
+def test_a_retain_set_that_cannot_be_parted_is_refused(cases):
+    splits = dataclasses.replace(cases[0].splits, retain=cases[0].splits.retain[:1])
+    with pytest.raises(ValueError, match=r"1 retain sequence is too few: .* at least 2"):
+        dataclasses.replace(cases[0], splits=splits)
+
+
 def test_a_report_follows_a_direction_through_the_target(cases):
     case = cases[0]
     report = experiment.Report(case, case.retrained())

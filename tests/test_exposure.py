@@ -1,11 +1,13 @@
 import math
+import random
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy import stats
 
-from unlearnlib import exposure, models, sequences, training
+from unlearnlib import exposure, models, planting, sequences, training
 
 TEXTS = [
     f"The number of Ann is {n * 7919 % 10_000:04d}-{n * 31 % 100:02d} and that of Bob is {n}." for n in range(300)
@@ -47,6 +49,27 @@ def test_candidates_keep_the_format():
 def test_candidates_depend_on_the_seed_alone():
     assert exposure.candidates("0000", 20, seed=1) == exposure.candidates("0000", 20, seed=1)
     assert exposure.candidates("0000", 20, seed=1) != exposure.candidates("0000", 20, seed=2)
+
+
+def secrets_of_chapters(seed):
+    """As chapters 9 and 10 draw them."""
+    yield from (secret.number for secret in planting.make_secrets([1, 1], seed))
+    yield f"{random.Random(seed).randrange(10**6):06d}"
+
+
+def test_candidates_are_independent_of_secrets_that_the_same_seed_drew():
+    size, seeds, places, agree, lists = 9, 300, [], 0, set()
+    for seed in range(seeds):
+        for secret in secrets_of_chapters(seed):
+            others = exposure.candidates(secret, size, seed)
+            lists.add(tuple("".join(filter(str.isdigit, other))[:4] for other in others))
+            places.append(sum(other < secret for other in others))
+            agree += sum(a == b for a, b in zip(secret, others[0], strict=True) if a.isdigit())
+    assert len(lists) == 3 * seeds  # no list serves two secrets
+    digits = sum(c.isdigit() for seed in range(seeds) for secret in secrets_of_chapters(seed) for c in secret)
+    assert agree / digits == pytest.approx(0.1, abs=0.02)  # five standard deviations
+    counts = Counter(places)  # the place of a secret among ten texts is uniform
+    assert stats.chisquare([counts[place] for place in range(size + 1)]).pvalue > 1e-3
 
 
 def test_a_format_can_be_used_up_but_not_exceeded():

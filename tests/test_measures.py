@@ -65,11 +65,8 @@ def test_min_k_by_hand():
     losses = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0] * 10])
     assert measures.min_k_scores(losses, share=0.2).tolist() == [-4.5, -1.0]
     assert measures.min_k_scores(losses, share=0.01).tolist() == [-5.0, -1.0]
-
-
-def test_privleak_by_hand():
-    assert measures.privleak(0.75, 0.5) == pytest.approx(50)
-    assert measures.privleak(0.4, 0.5) == pytest.approx(-20)
+    rising = torch.arange(63.0)[None]  # a fifth of 63 is 12.6, of which the authors' code takes 12
+    assert measures.min_k_scores(rising, share=0.2).tolist() == [-sum(range(51, 63)) / 12]
 
 
 def test_sequences_beyond_the_context_are_refused():

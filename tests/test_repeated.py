@@ -105,7 +105,15 @@ def test_sets_are_cut_from_the_forget_sequences_and_then_from_the_retain_sequenc
     assert torch.equal(second, torch.cat([case.splits.forget[3:], case.splits.retain[:2]]))
     assert torch.equal(third, case.splits.retain[2:5])
     assert torch.equal(series.kept, case.splits.retain[5:28])
-    assert torch.equal(case.validation, case.splits.retain[28:])
+    assert torch.equal(series.choice, case.splits.retain[28:30])
+    assert torch.equal(series.probed, case.splits.retain[30:])
+
+
+def test_a_single_validation_sequence_cannot_both_choose_and_measure():
+    case = make_case()
+    case = dataclasses.replace(case, splits=dataclasses.replace(case.splits, retain=case.splits.retain[:15]))
+    with pytest.raises(ValueError, match="take 16 retain sequences or more"):
+        repeated.Series(case, number=2, size=2)
 
 
 def test_a_model_of_the_moment_is_trained_without_what_was_asked_so_far():
@@ -158,7 +166,7 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     assert table["earlier_excess", 3] == pytest.approx((excesses[0] + excesses[1]) / 2, abs=1e-5)
     assert table["earlier_lowest", 3] == pytest.approx(min(excesses[:2]), abs=1e-5)
     assert table["holdout_loss", 3] == pytest.approx(each[3].mean().item(), rel=1e-5)
-    assert table["retain_loss", 3] == pytest.approx(loss(model, case.validation).item(), rel=1e-5)
+    assert table["retain_loss", 3] == pytest.approx(loss(model, case.splits.retain[30:]).item(), rel=1e-5)
     auc = roc_auc_score([1] * 6 + [0] * 6, -np.concatenate([losses.numpy() for losses in each]))
     assert table["membership_auc", 3] == pytest.approx(auc)
     p, q = (m(input_ids=case.splits.holdout).logits[:, :-1].log_softmax(2) for m in (retrained, model))

@@ -3,8 +3,10 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -173,6 +175,85 @@ def test_everything_that_makes_a_model_is_in_its_name(run):
     ]
     assert len({r.folder for r in [run, *others]}) == 5
     assert {"torch", "transformers", "tokenizers"} == run.description["versions"].keys()
+
+
+def fresh(run):
+    return Run(run.source, run.sequences, run.training, run.seed, run.last_blocks)
+
+
+def test_a_model_of_another_device_is_not_served(run, monkeypatch):
+    training.load_trained(run)
+    cards = ["card A", "card B"]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "default_device", lambda: torch.device("cuda"))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: cards[0])
+        folders = [run.folder, fresh(run).folder]
+        cards.reverse()
+        folders.append(fresh(run).folder)
+    assert len(set(folders)) == 3
+    monkeypatch.setattr(models, "device_name", lambda device: "another")
+    trained = []
+    monkeypatch.setattr(training, "train", lambda *_: trained.append(1) or [])
+    monkeypatch.setattr(training, "CODE", ())  # the source of a lambda is not to be found
+    training.load_trained(fresh(run))
+    assert trained
+
+
+def test_weights_that_change_in_their_folder_make_another_model(run, tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    before = Run(str(tmp_path / "source"), run.sequences, SHORT, seed=0)
+    assert fresh(before).folder == before.folder
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(tmp_path / "source")
+    assert fresh(before).folder != before.folder
+
+
+def called_within(function):
+    """The functions of the library, by module and name, that ``function`` calls."""
+    found, package = set(), Path(training.__file__).parent
+
+    def note(frame, event, _argument):
+        code, file = frame.f_code, Path(frame.f_code.co_filename)
+        if event == "call" and file.parent == package and "<" not in code.co_qualname:
+            found.add((file.stem, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+# They are called on the way to a trained model, but do not decide what it becomes.
+NO_INFLUENCE = {
+    "check_length",
+    "default_device",
+    "_resume",
+    "_save",
+    "store",
+    "clock",
+    "Run.folder",
+    "Run.description",
+}
+
+
+def test_all_code_that_makes_a_model_is_in_its_name(run, monkeypatch):
+    last = Run(TINY, run.sequences, Training(epochs=1, batch_size=4, bfloat16=True), 0, last_blocks=1)
+    called = called_within(lambda: training._train_into_cache(last))
+    called = {(module, name) for module, name in called if module != "cache" and name not in NO_INFLUENCE}
+    called -= {("models", "device_name"), ("models", "fingerprint")}
+    named = {(f.__module__.removeprefix("unlearnlib."), f.__qualname__) for f in training.CODE}
+    assert {("training", "train"), ("models", "train_last_blocks"), ("measures", "token_losses")} <= called
+    assert called <= named
+    folder = run.folder
+    for function in training.CODE:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "CODE", tuple(f for f in training.CODE if f is not function))
+            assert fresh(run).folder != folder
+    assert fresh(run).folder == folder
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

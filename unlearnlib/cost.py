@@ -29,13 +29,29 @@ class Cost:
     peak_bytes: int
 
 
+def clock(device: torch.device | str) -> Callable[[], float]:
+    """The clock for work on ``device``: a function that reads it, in seconds, when all work so far is done.
+
+    One thread of a CPU is timed by its own clock, which stands still while other processes run; several threads,
+    and CUDA, by the clock on the wall.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+
+        def read() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return read
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def measure(
     function: Callable[[], object], device: torch.device | str, runs: int = 3, at_least: float = 0.1
 ) -> Cost:
     """Call ``function`` once for its memory, which warms it up, then ``runs`` times or more for its median time.
 
-    It is called until ``at_least`` seconds have gone by in all. One thread of a CPU is timed by its own clock,
-    which stands still while other processes run; several threads, and CUDA, by the clock on the wall.
+    It is called until ``at_least`` seconds have gone by in all, by the :func:`clock` of the device.
 
     Raises ValueError if ``runs`` is less than one.
     """
@@ -43,15 +59,11 @@ def measure(
         raise ValueError(f"need at least one run to measure a time, not {runs}")
     device = torch.device(device)
     peak = _peak_bytes(function, device)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    times: list[float] = []
+    read, times = clock(device), []
     while len(times) < runs or sum(times) < at_least:
-        started = clock()
+        started = read()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(clock() - started)
+        times.append(read() - started)
     return Cost(statistics.median(times), peak)
 
 

@@ -14,7 +14,6 @@ import functools
 import inspect
 import json
 import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from unlearnlib import cache, models, training
+from unlearnlib import cache, cost, models, training
 from unlearnlib.gradient_ascent import ascent_direction
 from unlearnlib.measures import check_length, sequence_losses
 from unlearnlib.training import Training
@@ -108,6 +107,7 @@ class PrivateRun:
         description = run.description | {
             "privacy": dataclasses.asdict(self.privacy),
             "private_code": cache.json_hash("".join(map(inspect.getsource, CODE))),
+            "orders": _ORDERS,
             "opacus": opacus.__version__,
         }
         return cache.cache_folder() / "models" / cache.json_hash(description)[:32]
@@ -299,15 +299,15 @@ def load_private(run: PrivateRun, device: torch.device | str | None = None) -> P
     """The model of ``run``, from the cache where it is whole, else trained now."""
     with cache.lock(run.folder):
         if not training.intact(run.folder):
-            model = models.load_model(run.source, seed=run.seed, device=device)
-            started = time.process_time()
+            model = models.load_model(run.source, seed=run.seed)  # on the device that is in the folder's name
+            clock = cost.clock(model.device)
+            started = clock()
             losses = train_private(model, run)
-            spent = time.process_time() - started
-            training.store(model, run.folder, {"losses": losses, "cpu_seconds": spent})
+            training.store(model, run.folder, {"losses": losses, "seconds": clock() - started})
     return models.load_model(run.folder, device=device)
 
 
 def private_record(run: PrivateRun) -> dict[str, Any]:
-    """What was noted when the model of ``run`` was trained: ``losses`` (nats, by step) and ``cpu_seconds``."""
+    """What was noted when the model of ``run`` was trained: ``losses`` (nats, by step) and ``seconds``."""
     load_private(run)
     return json.loads((run.folder / "training.json").read_text())

@@ -1,7 +1,6 @@
 """The set-up that all chapters share: one case a seed, its models from the cache, and its table of measures."""
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import extraction, matching, measures, relearning
+from unlearnlib import cost, extraction, matching, measures, relearning
 from unlearnlib.data import load_corpus
 from unlearnlib.matching import Match
 from unlearnlib.models import load_tokenizer
@@ -31,6 +30,7 @@ class Case:
     """One repetition: the splits of one seed, and the models that belong to them.
 
     Every call of ``original``, ``retrained`` and ``retrained_again`` loads a fresh copy, to be changed at will.
+    Raises ValueError for less than two retain sequences, which cannot be parted.
     """
 
     profile: Profile
@@ -38,15 +38,22 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     splits: Splits
 
+    def __post_init__(self) -> None:
+        if len(self.splits.retain) < 2:
+            raise ValueError(
+                f"{len(self.splits.retain)} retain sequence is too few: settings are chosen on some and curvature "
+                "is estimated on others, so at least 2 are needed"
+            )
+
     @property
     def validation(self) -> Tensor:
-        """The last eighth of the retain sequences: settings such as λ are chosen by the loss on these."""
-        return self.splits.retain[-(len(self.splits.retain) // 8) :]
+        """The last eighth of the retain sequences, at least one: settings such as λ are chosen by their loss."""
+        return self.splits.retain[-max(1, len(self.splits.retain) // 8) :]
 
     @property
     def estimation(self) -> Tensor:
-        """The other retain sequences: curvature is estimated on these."""
-        return self.splits.retain[: -(len(self.splits.retain) // 8)]
+        """The other retain sequences, all that methods read: for steps and for the estimation of curvature."""
+        return self.splits.retain[: -len(self.validation)]
 
     def rows(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
         """The measured ``values``, by metric, of a model of this case as rows of a results table."""
@@ -121,10 +128,10 @@ class Report:
     """Measures models of one case against its retrained model, and keeps all that the chapter's tables need.
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
-    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the wall
-    time these took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and
-    4 bits, where ``extraction`` is set by what greedy continuation brings out of the forget sequences after every
-    so many tokens.
+    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the time
+    these took by :func:`unlearnlib.cost.clock`. Where ``rounding`` is set the models are also measured with their
+    weights rounded to 8 and 4 bits, where ``extraction`` is set by what greedy continuation brings out of the
+    forget sequences after every so many tokens.
     """
 
     case: Case
@@ -232,11 +239,12 @@ class Report:
         cannot get to a point is measured where it ended, with ``reached`` 0, and goes no further. Returns the
         match at the target, or where it ended short of it.
         """
-        started = time.perf_counter()
+        clock = cost.clock(model.device)
+        started = clock()
         for share in tqdm(self.shares, f"{method}, seed {self.case.seed}", leave=False, mininterval=1.0):
             match = reach(self.original_loss + share * (self.target - self.original_loss))
             if share == 1.0 or (not match.reached and share < 1.0):
-                self.seconds[method] = time.perf_counter() - started
+                self.seconds[method] = clock() - started
                 self.matches[method] = match
                 self.measure(method, model, strength=match.strength, reached=float(match.reached))
                 self.probe(method, model)

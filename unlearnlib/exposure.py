@@ -24,6 +24,7 @@ def candidates(secret: str, number: int, seed: int) -> list[str]:
     """Draw ``number`` distinct random texts of the secret's format, none of them the secret.
 
     Each digit becomes a random digit, each letter from a to z a random letter of the same case; all else stays.
+    Every secret has candidates of its own, from random numbers that draw nothing else from the same seed.
     Raises ValueError if ``number`` is not positive or the format has too few other texts.
     """
     choices = [next((a for a in _ALPHABETS if c in a), c) for c in secret]
@@ -33,7 +34,7 @@ def candidates(secret: str, number: int, seed: int) -> list[str]:
             f"cannot draw {number} candidates: the format of {secret!r} has {others} texts besides it; "
             "ask for a positive number up to that, or take a longer secret"
         )
-    generator = random.Random(seed)
+    generator = random.Random(f"candidates {seed} of {secret}")
     drawn: dict[str, None] = {}  # a set that keeps the order
     while len(drawn) < number:
         text = "".join(generator.choice(choice) for choice in choices)

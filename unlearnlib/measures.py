@@ -99,10 +99,10 @@ def mean_kl(reference: PreTrainedModel, model: PreTrainedModel, sequences: Tenso
 def min_k_scores(token_losses: Tensor, share: float = 0.2) -> Tensor:
     """Min-K% score of each row (Shi et al. 2024): mean log-probability of its least likely tokens.
 
-    ``token_losses`` in nats, shape [n, tokens]; the ``share`` (K%) of the tokens with the highest loss count, at
-    least one. A higher score speaks for membership. Shape [n].
+    ``token_losses`` in nats, shape [n, tokens]; the ``share`` (K%) of the tokens with the highest loss count,
+    rounded down as in the authors' code, but at least one. A higher score speaks for membership. Shape [n].
     """
-    k = max(1, round(share * token_losses.shape[1]))
+    k = max(1, int(share * token_losses.shape[1]))
     return -token_losses.topk(k, dim=1).values.mean(dim=1)
 
 
@@ -121,8 +121,3 @@ def loss_correlation(losses: Tensor, reference: Tensor) -> float:
     Equal means say little of which sequences are hard: this compares them one by one. At least 2 sequences.
     """
     return float(torch.corrcoef(torch.stack([losses, reference]).double())[0, 1])
-
-
-def privleak(auc: float, auc_retrained: float) -> float:
-    """PrivLeak in percent (Shi et al. 2024, MUSE): an AUC's relative distance to the retrained model's."""
-    return 100 * (auc - auc_retrained) / auc_retrained

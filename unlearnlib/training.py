@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from unlearnlib import cache, measures, models
+from unlearnlib import cache, cost, measures, models
 from unlearnlib.measures import check_length, sequence_losses
 
 
@@ -57,12 +57,14 @@ class Run:
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """The run as JSON values: code and library versions count as much as data and settings."""
+        """The run as JSON values: code, library versions and device count as much as data and settings."""
         code = "".join(map(inspect.getsource, CODE))
         versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
         part = {} if self.last_blocks is None else {"last_blocks": self.last_blocks}
         return part | {
             "source": self.source,
+            "weights": models.fingerprint(self.source),
+            "device": models.device_name(models.default_device()),
             "sequences": cache.json_hash(self.sequences.tolist()),
             "training": dataclasses.asdict(self.training),
             "seed": self.seed,
@@ -136,17 +138,6 @@ def train(
     return losses
 
 
-# What a trained model depends on: a change to any of these trains every model again.
-CODE = (
-    train,
-    models.load_model,
-    models.half_precision,
-    measures.sequence_losses,
-    measures.token_losses,
-    measures.logits,
-)
-
-
 def train_missing(runs: Sequence[Run]) -> None:
     """Train those of ``runs`` that are not in the cache.
 
@@ -179,9 +170,29 @@ def _load(source: str | dict[str, Any] | Path, run: Run, **options: Any) -> PreT
 def _train_into_cache(run: Run) -> None:
     model = _load(run.source, run, seed=run.seed)
     checkpoint = run.folder.with_suffix(".checkpoint.safetensors")
-    started = time.perf_counter()
+    clock = cost.clock(model.device)
+    started = clock()
     losses = train(model, run.sequences, run.training, run.seed, checkpoint)
-    store(model, run.folder, {"losses": losses, "seconds": time.perf_counter() - started, "run": run.description})
+    store(model, run.folder, {"losses": losses, "seconds": clock() - started, "run": run.description})
+
+
+# What a trained model depends on: a change to any of these trains every model again.
+CODE = (
+    _load,
+    _train_into_cache,
+    train,
+    models.load_model,
+    models.switch_off_dropout,
+    models._drop_nothing,
+    models.train_last_blocks,
+    models.half_precision,
+    models._location,
+    models.smollm2_folder,
+    measures.sequence_losses,
+    measures.token_losses,
+    measures.log_probabilities,
+    measures.logits,
+)
 
 
 def store(model: PreTrainedModel, folder: Path, record: dict[str, Any]) -> None:
