@@ -190,7 +190,6 @@ CODE = (
     models.smollm2_folder,
     measures.sequence_losses,
     measures.token_losses,
-    measures.log_probabilities,
     measures.logits,
 )
 
