@@ -1,5 +1,7 @@
 """Curvature products against explicit matrices, built by another route, in float64."""
 
+import functools
+
 import pytest
 import torch
 from helpers import random_sequences, tiny_model
@@ -34,6 +36,7 @@ def moved(model, measure, row):
     return functional_call(wrapped, {f"model.{name}": p for name, p in names.items()}, (SEQUENCES,))
 
 
+@functools.cache
 def explicit_hessian(model, loss=measures.sequence_losses):
     """Forward over reverse, column by column.
 
