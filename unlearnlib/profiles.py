@@ -108,7 +108,7 @@ REAL_MODELS: dict[str, dict[str, Any]] = {
         "length": 32,
         "forget": 16,
         "retain": 48,
-        "holdout": 24,
+        "holdout": 16,
         "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
         "seeds": (0,),
         "relearning_steps": 6,
