@@ -97,7 +97,7 @@ def test_kronecker_factors_are_counted_closely(case):
         assert counted(theory[method]) == pytest.approx(executed(function), rel=0.1), method
 
 
-def test_dual_form_does_hardly_more_than_half_of_the_recursions_arithmetic_with_far_less_traffic():
+def test_dual_form_does_no_more_arithmetic_than_the_recursion_with_far_less_traffic():
     recursion, dual = (routes(SHAPE, 256, forget=M)[f"fisher_{name}"] for name in ("recursion:unrolled", "dual"))
     assert recursion.stages[0].flops == 2 * 256**2 * SHAPE.d
     assert dual.stages[0].flops == 256 * (256 + 128) * SHAPE.d
