@@ -70,9 +70,9 @@ def test_a_model_of_two_blocks_has_no_other_number_to_train(number):
 
 def test_a_case_trains_all_its_models_alike():
     settings = profiles.real_model(profiles.get_profile("quick"))
-    sequences = random_sequences(3)
+    sequences = random_sequences(4)
     splits = experiment.Splits(
-        sequences[:1], sequences[1:2], sequences[2:], {n: [] for n in ("forget", "retain", "holdout")}
+        sequences[:1], sequences[1:3], sequences[3:], {n: [] for n in ("forget", "retain", "holdout")}
     )
     runs = experiment.Case(settings, 0, None, splits).runs()
     assert {run.last_blocks for run in runs.values()} == {settings.last_blocks}
