@@ -181,7 +181,7 @@ def architectures(settings: Profile) -> dict[str, list[Profile]]:
         found = HUB_ARCHITECTURES
     else:
         if settings.name == "quick":
-            smaller, widths = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 352}, (32, 48, 64)
+            smaller, widths = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 224}, (32, 48, 64)
             training = Training(epochs=18, learning_rate=5e-3)
         else:
             smaller, widths = {"retain": 960}, (64, 96, 128)
