@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlearnlib import models
 from unlearnlib.own_request import Request
@@ -53,6 +54,10 @@ def outline(source: str) -> PreTrainedModel:
             f"{source} needs program code of its own, which is never run here: only architectures that "
             "transformers itself has can be used"
         ) from error
+    name, _, revision = source.partition("@")
+    on_hub = not Path(source).is_dir() and source != models.SMOLLM2
+    if on_hub and find_adapter_config_file(name, revision=revision or "main"):
+        raise _adapted(source)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"the weights of {source} are quantized and cannot be edited: give the model they came from"
@@ -70,10 +75,7 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise OSError(f"the folder {folder} cannot be read: {error}") from error
     if "adapter_config.json" in names:
-        raise ValueError(
-            f"{folder} has an adapter: merge it into its model (merge_and_unload of peft), save the result with "
-            "save_pretrained, and give that folder"
-        )
+        raise _adapted(folder)
     if "config.json" not in names:
         raise OSError(f"{folder} has no config.json: it is no folder that save_pretrained wrote")
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
@@ -81,6 +83,13 @@ def _check_folder(folder: Path) -> None:
             f"{folder} has no weights in safetensors: loading pickled ones can run code. Where you trust them, "
             "load the model and save it with save_pretrained, which writes safetensors"
         )
+
+
+def _adapted(source: str | Path) -> ValueError:
+    return ValueError(
+        f"{source} has an adapter: merge it into its model (merge_and_unload of peft), save the result with "
+        "save_pretrained, and give that folder"
+    )
 
 
 def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
