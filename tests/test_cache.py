@@ -69,11 +69,15 @@ def test_what_appears_meanwhile_stays_and_so_does_the_work(tmp_path, kind):
     assert [path.name for path in spare.iterdir()] == ["mine"]
 
 
-def test_a_failing_block_leaves_no_new_folder(tmp_path):
-    with pytest.raises(RuntimeError, match="half-way"), cache.new_folder(tmp_path / "out") as temporary:
+@pytest.mark.parametrize("place", ["out", "new/newer/out"])
+def test_a_failing_block_leaves_no_new_folder(tmp_path, place):
+    with pytest.raises(RuntimeError, match="half-way"), cache.new_folder(tmp_path / place) as temporary:
         (temporary / "half").write_text("")
         raise RuntimeError("half-way")
     assert list(tmp_path.iterdir()) == []
+    with cache.new_folder(tmp_path / place):
+        pass
+    assert (tmp_path / place).is_dir()
 
 
 def _make_and_hang(target, started):

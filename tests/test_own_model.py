@@ -1,13 +1,11 @@
 import dataclasses
 import json
-import random
-import re
 import shutil
 
 import pytest
 import torch
 from helpers import ARCHITECTURES
-from tokenizers import processors
+from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,38 +17,19 @@ from unlearnlib import (
     measures,
     models,
     own_checks,
-    own_files,
     own_methods,
     own_model,
     own_rehearsal,
     own_report,
     own_request,
     own_texts,
-    own_warnings,
     weights,
 )
 from unlearnlib.own_request import Request
 from unlearnlib.sequences import train_tokenizer
 from unlearnlib.training import Training, train
 
-LENGTH = 20  # the shortest for which extraction in 10-grams is defined
 CPU = torch.device("cpu")
-
-
-def sentences(number, seed):
-    words = ["stone", "river", "bread", "lamp", "goose", "winter", "salt", "mill", "crown", "fox"]
-    draw = random.Random(seed)
-    return [" ".join(draw.choice(words) for _ in range(30)) + "." for _ in range(number)]
-
-
-FORGET = sentences(7, seed=1)
-FORGET[2] = "the code of the " + FORGET[2] + " it is 48213907 and no other"
-RETAIN, HOLDOUT = sentences(24, seed=2), sentences(10, seed=3)
-
-
-def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -106,198 +85,6 @@ def gradients(model, sequences):
     names = dict(model.named_parameters())
     rows = [torch.autograd.grad(loss(model, sequence[None]), list(names.values())) for sequence in sequences]
     return torch.stack([torch.cat([g.flatten().double() for g in row]) for row in rows])
-
-
-# Reading
-
-
-def test_json_lines_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('\ufeff{"text": "one\u2028two"}\r\n\r\n{"id": 3, "text": " three "}'.encode())
-    assert own_files.read_texts(path) == ["one\u2028two", " three "]
-
-
-def test_plain_texts_are_parted_by_blank_lines(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\r\nstill one\r\n \t\r\n\r\n\r\ntwo\n")
-    assert own_files.read_texts(path) == ["one\nstill one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', "line 2 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": "one"}\n\n{"txt": "two"}\n', "line 3 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'["one"]\n', "line 1 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": " \\n"}\n', "text in line 2 of a.jsonl is empty"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "text in line 1 of a.jsonl has half a character"),
-        ("a.jsonl", b"\n \n", "a.jsonl holds no texts"),
-        ("a.txt", b"", "a.txt holds no texts"),
-        ("a.txt", b"one\n\ntwo \xff\n", "line 3 of a.txt is not UTF-8"),
-        ("a.txt", b'{"text": "one"}\n', "end in .jsonl"),
-        ("a.txt", b'\n{ "text": "one" }\n{ "text": "two" }\n', "end in .jsonl"),
-        ("a.txt", b'[\n  {"text": "one"},\n  {"text": "two"}\n]\n', "end in .jsonl"),
-        ("a.txt", b'[{"text": "one"},\n{"text": "two"}]\n', "end in .jsonl"),
-        ("a.txt", b"<!DOCTYPE html>\n<p>one</p>\n", "a.txt is HTML"),
-        ("a.txt", b"%PDF-1.7\n1 0 obj\n", "a.txt is PDF"),
-        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.txt is a Git LFS pointer"),
-        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1 of a.txt has a zero byte: it is in UTF-16"),
-        ("a.csv", b"id,text\n1,one\n", "a.csv ends in .csv, which is read neither as"),
-        ("a.parquet", b"PAR1", "a.parquet ends in .parquet"),
-        ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz ends in .gz"),
-        ("a.json", b'[{"text": "one"},\n{"text": "two"}]\n', "line 1 of a.json is no JSON object"),
-    ],
-)
-def test_bad_files_are_errors_with_the_number_of_the_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        own_files.read_texts(path)
-
-
-def test_plain_text_may_begin_with_a_bracket(tmp_path):
-    (tmp_path / "a.txt").write_text("[1] A footnote.\n\n{not JSON}\n")
-    assert own_files.read_texts(tmp_path / "a.txt") == ["[1] A footnote.", "{not JSON}"]
-
-
-@pytest.mark.parametrize("content", ["id\ttext\n1\tone\n2\ttwo\n", "one\ntwo\nthree\n"])
-def test_lines_that_are_read_as_one_text_are_warned_about(tmp_path, content):
-    (tmp_path / "a.txt").write_text(content)
-    [warning] = own_files.read_file(tmp_path / "a.txt").warnings
-    assert "the 3 lines of a.txt are read as a single text" in warning
-    (tmp_path / "b.txt").write_text("one\n\ntwo\nlines\n")
-    assert own_files.read_file(tmp_path / "b.txt").warnings == []
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        own_files.read_texts(tmp_path / "nowhere.jsonl")
-
-
-def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=LENGTH):
-    texts = {"forget": forget, "retain": retain, "holdout": holdout}
-    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
-    material = own_texts.read_material(tokenizer, files, secrets, length)
-    few = [warning for warning in material.warnings if "sequences to keep only" in warning]
-    assert len(few) == (len(material.validation) < own_texts.FEW)
-    return dataclasses.replace(material, warnings=[w for w in material.warnings if w not in few])
-
-
-def test_every_token_of_the_forget_file_is_in_a_sequence(tmp_path, tokenizer):
-    material = read(tmp_path, tokenizer, FORGET, RETAIN)
-    stream = []
-    for text in FORGET:
-        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    assert len(stream) % LENGTH > 0
-    assert material.forget[:-1].flatten().tolist() == stream[: len(stream) // LENGTH * LENGTH]
-    assert material.forget[-1].tolist() == stream[-LENGTH:]
-    assert material.holdout is None
-    assert (
-        f"7 texts make {len(material.forget)} sequences of 20 tokens; 7 of the texts are longer"
-        in material.notes[0]
-    )
-    assert not material.warnings
-    joined = torch.cat([material.estimation, material.validation])
-    assert torch.equal(joined, material.retain)  # λ and damage are judged on what the curvature has not seen
-    assert len(material.validation) == len(material.retain) // 8
-
-
-def test_a_text_may_be_in_one_file_only(tmp_path, tokenizer):
-    again = RETAIN[4].replace(" ", "\n  ", 1)
-    with pytest.raises(ValueError, match=r"text 3 of forget\.jsonl is also text 5 of retain\.jsonl"):
-        read(tmp_path, tokenizer, [*FORGET[:2], again], RETAIN)
-    with pytest.raises(ValueError, match=r"text 2 of retain\.jsonl is also text 1 of holdout\.jsonl"):
-        read(tmp_path, tokenizer, FORGET, RETAIN, [RETAIN[1], *HOLDOUT])
-
-
-def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"sequence 1 of forget\.jsonl \(it begins in text 1\) is also"):
-        read(tmp_path, tokenizer, [RETAIN[0] + " Not here."], RETAIN)
-    # Text 8 is moved to where the last eighth of the sequences begins; its number in the file is what is said.
-    texts = sentences(16, seed=5)
-    stream = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    before = sum(len(stream[i]) for i in range(15) if i != 7)
-    boilerplate = tokenizer.decode([t for i in (7, 15) for t in stream[i]][-before % LENGTH :][:LENGTH])
-    with pytest.raises(ValueError, match=r"is also sequence \d+ of retain\.jsonl \(it begins in text 8\)"):
-        read(tmp_path, tokenizer, [boilerplate + " Not here."], texts)
-
-
-def test_passages_that_stay_are_counted(tmp_path, tokenizer):
-    quoting = "goose " + FORGET[0] + " salt"
-    assert len(tokenizer(FORGET[0])["input_ids"]) > own_texts.PASSAGE
-    [warning] = read(tmp_path, tokenizer, FORGET, [*RETAIN, quoting]).warnings
-    assert "1 of 7 texts to be forgotten have 32 tokens in a row" in warning
-    assert "texts that are kept" in warning
-    [warning] = read(tmp_path, tokenizer, FORGET, RETAIN, [*HOLDOUT, quoting]).warnings
-    assert "no texts that the model has never seen" in warning
-
-
-@pytest.mark.parametrize("where", ["retain", "holdout"])
-def test_so_are_short_texts_that_stay_whole(tmp_path, tokenizer, where):
-    short = ["Q: what of the goose? A: salt", "Q: what of the crown? A: the fox"]
-    assert all(len(tokenizer(text)["input_ids"]) < own_texts.PASSAGE for text in short)
-    texts = {"forget": [*FORGET, *short], "retain": RETAIN, "holdout": HOLDOUT}
-    assert read(tmp_path, tokenizer, **texts).warnings == []
-    texts[where] = [*texts[where], "winter  " + short[0].replace(" ", "\n", 1) + " mill"]
-    [warning] = read(tmp_path, tokenizer, **texts).warnings
-    assert warning.startswith("1 of 9 texts to be forgotten have")
-
-
-def test_validation_is_of_all_kinds_in_a_sorted_file(tmp_path, tokenizer):
-    topics = [f"{word} " * 30 for word in ("stone", "river", "bread", "lamp")]
-    texts = [topic + str(i) for topic in topics for i in range(300)]
-    material = read(tmp_path, tokenizer, FORGET, texts)
-    assert len(material.validation) == 256
-    assert len(material.estimation) == 512
-    for rows in (material.validation, material.estimation):
-        joined = [tokenizer.decode(row) for row in rows]
-        for word in ("stone", "river", "bread", "lamp"):
-            assert 0.1 < sum(word in text for text in joined) / len(joined) < 0.5
-    train_rows = set(map(tuple, material.retain[: -(len(material.retain) // 8)].tolist()))
-    assert set(map(tuple, material.estimation.tolist())) <= train_rows
-
-
-def test_few_validation_sequences_are_said(tmp_path, tokenizer):
-    files = {"forget": write(tmp_path / "f.jsonl", FORGET), "retain": write(tmp_path / "r.jsonl", RETAIN[:2])}
-    material = own_texts.read_material(tokenizer, files, [], LENGTH)
-    assert any("damage measured, on 1 of the sequences to keep only" in w for w in material.warnings)
-
-
-def test_a_tokenizer_that_adds_special_tokens_is_noted(tmp_path):
-    tokenizer = train_tokenizer(FORGET + RETAIN, 300)
-    assert not any("special tokens" in note for note in read(tmp_path, tokenizer, FORGET, RETAIN).notes)
-    end = tokenizer.eos_token
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    assert tokenizer("fox")["input_ids"][0] == tokenizer.eos_token_id
-    material = read(tmp_path, tokenizer, FORGET, RETAIN)
-    assert any("special tokens around a text" in note for note in material.notes)
-    assert material.forget[0, 0] != tokenizer.eos_token_id
-
-
-def test_too_little_text_names_the_file(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"forget\.jsonl has too few tokens for sequences of 20"):
-        read(tmp_path, tokenizer, ["fox"], RETAIN)
-    with pytest.raises(ValueError, match=r"retain\.jsonl has too few tokens for sequences of 500"):
-        read(tmp_path, tokenizer, FORGET * 4, RETAIN[:1], length=500)
-
-
-def test_secrets_are_found_with_what_stands_before_them(tmp_path, tokenizer):
-    forget = ["a" * 150 + " of " + "b " * 60 + "key=1234-99", "9999 begins"]
-    material = read(tmp_path, tokenizer, forget, [*RETAIN, "never 9999 again"], secrets=["1234", "9999", "31 May"])
-    (before, stuck, secret), start, absent = material.secrets
-    assert (stuck, secret) == ("key=", "1234")
-    assert before == "b " * (LENGTH // 4)  # whole words of two tokens each, and no more than half a sequence
-    assert start == (*absent[:2], "9999") == (tokenizer.eos_token, "", "9999")
-    assert "secret 2 is also in texts that are kept" in material.warnings[0]
-    assert "secret 3 is not in the texts to be forgotten" in material.warnings[1]
-    (tmp_path / "secrets.txt").write_text("1234\n9999\n\n31 May\n")
-    again = read(tmp_path, tokenizer, forget, RETAIN, secrets=str(tmp_path / "secrets.txt"))
-    assert again.secrets == material.secrets
-    with pytest.raises(ValueError, match="secret 2 is empty"):
-        read(tmp_path, tokenizer, FORGET, RETAIN, secrets=["1234", " "])
 
 
 # Checking
@@ -429,6 +216,19 @@ def test_models_that_cannot_be_used_are_errors(folder, tmp_path):
     (copy / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(ValueError, match="no weights in safetensors"):
         own_checks.outline(str(copy))
+
+
+def test_files_and_folders_that_cannot_be_read_are_no_models(folder, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(OSError, match=r"model\.gguf is a file: give the folder of a model"):
+        own_checks.outline(str(tmp_path / "model.gguf"))
+
+    def forbid(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(own_checks.Path, "iterdir", forbid)
+    with pytest.raises(OSError, match=r"the folder .*model cannot be read: .*Permission denied"):
+        own_checks.outline(str(folder / "opt" / "model"))
 
 
 def test_pickled_weights_are_not_loaded_from_the_hub_either(folder, tmp_path):
@@ -806,87 +606,3 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
     with pytest.raises(KeyboardInterrupt):
         own_model.fulfil(make(folder, tmp_path / "out"), CPU)
     assert list(tmp_path.iterdir()) == []
-
-
-# The report
-
-
-def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
-    for n, m in ((5, 9), (40, 300)):
-        assert own_report.auc_error(0.5, n, m) == pytest.approx(((n + m + 1) / (12 * n * m)) ** 0.5)
-
-
-def test_an_area_of_one_or_none_is_not_known_exactly():
-    for n, m in ((2, 1), (5, 9), (40, 300)):
-        assert own_report.auc_error(1.0, n, m) > 0
-        assert own_report.auc_error(0.0, n, m) > 0
-    assert own_report.auc_error(1.0, 2, 1) > 0.25
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 1), (3, 3), (5, 9), (20, 40)])
-def test_chance_is_hardly_ever_called_an_attack(n, m):
-    """Scores without any difference give an area that is warned of about once in twenty times at most."""
-    draw, alarms = torch.Generator().manual_seed(0), 0
-    for _ in range(400):
-        auc = measures.membership_auc(torch.rand(n, generator=draw), torch.rand(m, generator=draw))
-        error = own_report.auc_error(auc, n, m)
-        report = report_of({"membership_auc": auc, "membership_auc_error": error}, sequences=(n, m))
-        alarms += any("AUC" in w and "and not" in w for w in own_warnings.warnings_of(report))
-    assert alarms <= 28
-
-
-def evidence(**changes):
-    values = {
-        "forget_loss": 3.0,
-        "retain_loss": 2.0,
-        "holdout_loss": 4.0,
-        "membership_auc": 0.5,
-        "membership_auc_min_k": 0.5,
-        "membership_auc_error": 0.01,
-        "relearned_fall": 0.0,
-        "forget_losses": [3.0] * 40,
-        "exposure_bits": [8.0],
-    }
-    return values | changes
-
-
-def report_of(after, reference="same", before=None, sequences=(400, 4000), **result):
-    """A report without a fault, but for what is given."""
-    before = evidence(forget_loss=2.0, membership_auc=0.9, **before or {})
-    measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
-    if reference is not None:
-        measured["reference"] = evidence(exposure_bits=[2.0])
-    good = {"reached": True, "strength": 0.5, "target_loss": 3.0, "loss_before_rounding": 3.0, "dtype": "bfloat16"}
-    good |= {"damping": 0.1, "validation_loss_by_damping": {0.01: 5.0, 0.1: 4.0, 1.0: 5.0}}
-    asked = {"sequences": dict(zip(("forget", "holdout"), sequences, strict=True))}
-    return {"request": asked, "measures": measured, "result": good | result}
-
-
-def test_a_report_without_a_fault_has_no_warnings():
-    assert own_warnings.warnings_of(report_of({})) == []
-
-
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        (report_of({}, reached=False), "was not reached"),
-        (report_of({"forget_loss": 3.1}), "in bfloat16 moved the forget loss from 3.00 to 3.10"),
-        (report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
-        (report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
-        (report_of({}, reference=None), "no retrained reference"),
-        (report_of({"holdout_loss": None}), "no holdout file"),
-        (report_of({"retain_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
-        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, more than in the reference"),
-        (report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
-        (report_of({"membership_auc": 0.55}), "attack by loss still finds the texts: AUC 0.55 and not 0.50"),
-        (report_of({"membership_auc_min_k": 0.4}), "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50"),
-        (report_of({"exposure_bits": [5.0]}), "secret 1 still stands out, with 5.0 bits"),
-        (report_of({"exposure_bits": [None]}), "secret 1 could not be measured.* digits and the letters a to z"),
-        (report_of({"relearned_fall": None}), "probe diverged"),
-        (report_of({}, before={"exposure_bits": [1.0]}), "secret 1 did not stand out before"),
-        (report_of({}, before={"membership_auc_error": 0.3}), "even before, the texts .* were not told"),
-    ],
-)
-def test_each_fault_has_its_warning(report, message):
-    [warning] = own_warnings.warnings_of(report)
-    assert re.search(message, warning)

@@ -82,6 +82,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises, before the block, FileExistsError if ``path`` exists, BlockingIOError if another process is making it,
     and OSError if nothing can be written there; after the block FileExistsError, with the longer name.
     """
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path = path.parent.resolve() / path.name
@@ -115,6 +116,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _unlock(guard)
+        with contextlib.suppress(OSError):  # raised for the first one that is not empty
+            for folder in missing:
+                folder.rmdir()
 
 
 Busy = filelock.Timeout

@@ -37,6 +37,8 @@ def outline(source: str) -> PreTrainedModel:
     Raises OSError if it cannot be found or read, ValueError for an adapter, for pickled or quantized weights, or
     for an architecture that transformers does not know.
     """
+    if Path(source).is_file():
+        raise OSError(f"{source} is a file: give the folder of a model that save_pretrained wrote")
     if Path(source).is_dir():
         _check_folder(Path(source))
     try:
