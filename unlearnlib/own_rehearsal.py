@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from unlearnlib import kronecker
 from unlearnlib.gradient_ascent import ascent_direction
-from unlearnlib.measures import logits, sequence_losses
+from unlearnlib.measures import logits
 from unlearnlib.own_checks import load
 from unlearnlib.own_methods import build_curvature
 from unlearnlib.own_request import STRENGTHS, Request
 from unlearnlib.own_texts import Material
+from unlearnlib.relearning import relearning_curve
 
 TOLERANCE = 1e-4
 """By so much of the largest logit a prediction may depend on rounding."""
@@ -36,15 +37,17 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
         check_measuring(model, two, source)
         if source == request.model:
             check_method(model, two, request)
+        del model  # before the next is loaded
 
 
 def check_measuring(model: PreTrainedModel, two: Tensor, source: str) -> None:
     """Measure and differentiate the model called ``source`` on two sequences [2, tokens]; raises as said above."""
-    failure = _failure(lambda: _measure(model, two))
+    # The probe of one step does all of it: it copies the model, trains the copy and measures that.
+    failure = _failure(lambda: relearning_curve(model, two, 1, 0.0))
     if failure:
         shorter = two[:, : max(2, two.shape[1] // 2)]
         advice = "no other length helps, the architecture cannot be used"
-        if shorter.shape[1] < two.shape[1] and not _failure(lambda: _measure(model, shorter)):
+        if shorter.shape[1] < two.shape[1] and not _failure(lambda: relearning_curve(model, shorter, 1, 0.0)):
             advice = "take a smaller length"
         raise ValueError(f"{source} cannot read sequences of {two.shape[1]} tokens ({failure}): {advice}")
     with torch.no_grad():
@@ -72,15 +75,10 @@ def check_method(model: PreTrainedModel, two: Tensor, request: Request) -> None:
     raise NotImplementedError(f"{request.method} cannot work on {request.model} ({failure}): {advice}")
 
 
-def _measure(model: PreTrainedModel, two: Tensor) -> None:
-    sequence_losses(model, two).mean().backward()
-    model.zero_grad(set_to_none=True)
-
-
 def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> None:
     """What a method does to a model, without what takes long, eigendecompositions, and without any change."""
     if method == "gradient_difference":
-        return  # nothing but what measuring does
+        return  # nothing but what measuring does, too
     delta = ascent_direction(model, two)
     if method in ("fisher_diagonal", "fisher_dual"):
         build_curvature(model, two, dataclasses.replace(request, method=method), delta).solve(delta, 1.0)
@@ -95,8 +93,10 @@ def _failure(attempt: Callable[[], None]) -> str | None:
     try:
         attempt()
     except Exception as error:  # an architecture that does not fit can raise anything
-        reason = str(error).strip() or type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+        if isinstance(error, NotImplementedError):  # the library's own, with advice for those who write programs
+            reason = reason.partition(": ")[0]
     else:
         return None
     gc.collect()  # the memory of the attempt
-    return reason.split("\n")[0].partition(": freeze ")[0][:300]
+    return reason
