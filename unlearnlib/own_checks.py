@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlearnlib import models
 from unlearnlib.own_request import Request
-from unlearnlib.own_texts import Material, load_tokenizer, read_material
+from unlearnlib.own_texts import Material, read_material
 
 load = functools.partial(models.load_model, use_safetensors=True)
 """Load a user's model: as :func:`unlearnlib.models.load_model`, but never pickled weights, which can run code."""
@@ -69,6 +69,20 @@ def outline(source: str) -> PreTrainedModel:
             return models.load_model(config.to_dict(), device="meta")
     except ValueError as error:
         raise ValueError(f"the architecture {config.model_type!r} of {source} cannot be used: {error}") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises OSError if it has none, ValueError if no token of it ends a text."""
+    missing = f"there is no tokenizer with the model {source}: save the one it was trained with in its folder"
+    try:
+        tokenizer = models.load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise OSError(missing) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some folders without one
+        raise OSError(missing)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {source} has no token that ends a text: set its eos_token and save it")
+    return tokenizer
 
 
 def _check_folder(folder: Path) -> None:

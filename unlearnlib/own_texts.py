@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearnlib import models
 from unlearnlib.own_files import TextFile, read_file, read_texts
 from unlearnlib.sequences import pack
 
@@ -100,14 +99,7 @@ def read_material(
     found = {split: list(map(tuple, part.rows.tolist())) for split, part in parts.items()}
     _refuse_shared(found, lambda split, i: parts[split].row_name(i))
     warnings = [warning for file in read.values() for warning in file.warnings]
-    fates = {"retain": "texts that are kept, and these passages will stay"}
-    fates["holdout"] = "the holdout texts, which are therefore no texts that the model has never seen"
-    for split, fate in fates.items():
-        if split in parts and (number := _shared_passages(parts["forget"], parts[split])):
-            warnings.append(
-                f"{number} of {len(read['forget'].texts)} texts to be forgotten have {PASSAGE} tokens in a row or "
-                f"more, or all where they have fewer, in common with {fate}"
-            )
+    warnings += _passage_warnings(parts)
     unknown = (rows["forget"] == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token else 0.0
     if unknown and tokenizer.unk_token != tokenizer.eos_token:
         warnings.append(
@@ -164,6 +156,20 @@ def _sequences(documents: list[list[int]], end: int, length: int, whole: bool) -
     return rows
 
 
+def _passage_warnings(parts: dict[str, _Part]) -> list[str]:
+    fates = {
+        "retain": "texts that are kept, and these passages will stay",
+        "holdout": "the holdout texts, which the model has therefore seen in part",
+    }
+    numbers = {split: _shared_passages(parts["forget"], parts[split]) for split in fates if split in parts}
+    return [
+        f"{number} of {len(parts['forget'].documents)} texts to be forgotten have {PASSAGE} tokens in a row or "
+        f"more, or all where they have fewer, in common with {fates[split]}"
+        for split, number in numbers.items()
+        if number
+    ]
+
+
 def _shared_passages(forget: _Part, other: _Part) -> int:
     """Number of forget texts that share a passage with the other texts, or are shorter and whole within one."""
 
@@ -186,20 +192,6 @@ def _special_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         "by itself the tokenizer puts special tokens around a text; the sequences have none but the one that ends "
         "a text, after each, as is usual in training on joined texts"
     ]
-
-
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises OSError if it has none, ValueError if no token of it ends a text."""
-    missing = f"there is no tokenizer with the model {source}: save the one it was trained with in its folder"
-    try:
-        tokenizer = models.load_tokenizer(source)
-    except (OSError, ValueError) as error:
-        raise OSError(missing) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some folders without one
-        raise OSError(missing)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {source} has no token that ends a text: set its eos_token and save it")
-    return tokenizer
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str) -> list[list[int]]:
