@@ -82,7 +82,7 @@ def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=L
     texts = {"forget": forget, "retain": retain, "holdout": holdout}
     files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
     material = own_texts.read_material(tokenizer, files, secrets, length)
-    few = [warning for warning in material.warnings if "sequences to keep only" in warning]
+    few = [warning for warning in material.warnings if "λ is chosen" in warning]
     assert len(few) == (len(material.validation) < own_texts.FEW)
     return dataclasses.replace(material, warnings=[w for w in material.warnings if w not in few])
 
@@ -164,7 +164,7 @@ def test_validation_is_of_all_kinds_in_a_sorted_file(tmp_path, tokenizer):
 def test_few_validation_sequences_are_said(tmp_path, tokenizer):
     files = {"forget": write(tmp_path / "f.jsonl", FORGET), "retain": write(tmp_path / "r.jsonl", RETAIN[:2])}
     material = own_texts.read_material(tokenizer, files, [], LENGTH)
-    assert any("damage measured, on 1 of the sequences to keep only" in w for w in material.warnings)
+    assert any("damage measured, on only 1 of the sequences" in w for w in material.warnings)
 
 
 def test_a_tokenizer_that_adds_special_tokens_is_noted(tmp_path):
