@@ -278,14 +278,14 @@ def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
 
 
 def test_sequences_must_fit_the_context(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"length 33 is more than the context of .*model, 32"):
+    with pytest.raises(ValueError, match="length 33 is more than the model's context of 32"):
         own_checks.prepare(make(folder, tmp_path / "out", length=33), CPU)
     copy = copy_of(folder, tmp_path)
     model = models.load_model(
         ARCHITECTURES["opt"] | {"vocab_size": 300, "max_position_embeddings": 19}, device="cpu"
     )
     model.save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"length 20 is more than the context of .*copy, 19"):
+    with pytest.raises(ValueError, match="length 20 is more than the reference's context of 19"):
         own_checks.prepare(make(folder, tmp_path / "out", reference=str(copy)), CPU)
 
 

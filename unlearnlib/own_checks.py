@@ -115,21 +115,21 @@ def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedT
             f"the tokenizer of {request.model} has {len(tokenizer)} entries, the model's table {_rows(model)} "
             "rows: they do not belong together"
         )
-    outlines = {request.model: model}
+    outlines = {"model": model}
     if request.reference is not None:
-        other, outlines[request.reference] = load_tokenizer(request.reference), outline(request.reference)
-        if other.get_vocab() != tokenizer.get_vocab() or len(tokenizer) > _rows(outlines[request.reference]):
+        other, outlines["reference"] = load_tokenizer(request.reference), outline(request.reference)
+        if other.get_vocab() != tokenizer.get_vocab() or len(tokenizer) > _rows(outlines["reference"]):
             raise ValueError(
                 f"the reference {request.reference} has another vocabulary than the model: they cannot be compared"
             )
-    for source, found in outlines.items():
+    for name, found in outlines.items():
         context = getattr(found.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and request.length > context:
             raise ValueError(
-                f"length {request.length} is more than the context of {source}, {context}: make it smaller"
+                f"length {request.length} is more than the {name}'s context of {context}: make it smaller"
             )
         if found.get_output_embeddings() is None:
-            raise ValueError(f"{source} has no layer that makes predictions of the next token")
+            raise ValueError(f"the {name} has no layer that makes predictions of the next token")
 
 
 def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> int:

@@ -112,8 +112,8 @@ def read_material(
     )
     if len(material.validation) < FEW:
         warnings.append(
-            f"λ is chosen, and damage measured, on only {len(material.validation)} of the sequences: give texts to keep that "
-            f"make {EIGHTH * FEW} sequences or more"
+            f"λ is chosen, and damage measured, on only {len(material.validation)} of the sequences: "
+            f"give texts to keep that make {EIGHTH * FEW} sequences or more"
         )
     return material
 
