@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, random_sequences, tiny_model
+from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 
-from unlearnlib import extraction, training
+from unlearnlib import extraction, models, training
 
 
 def model_that_counts(model):
@@ -118,3 +118,27 @@ def test_what_does_not_fit_is_a_clear_error():
         extraction.extraction_likelihood(model, random_sequences(2, length=33))
     with pytest.raises(ValueError, match="at least one token to continue and one to add, not 0 and 3"):
         extraction.continuations(model, random_sequences(2)[:, :0], 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "cached"),
+    [
+        (ARCHITECTURES["opt"], True),
+        (ARCHITECTURES["gpt2"], True),
+        ({"model_type": "recurrent_gemma", "num_attention_heads": 2, "attention_window_size": 8}, False),
+        ({"model_type": "mamba", "state_size": 4}, False),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_architectures_without_the_usual_cache_are_read_again(config, cached):
+    config = (
+        {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24} | config | {"vocab_size": VOCABULARY}
+    )
+    model, sequences = models.load_model(config, device="cpu"), random_sequences(2, length=20)
+    assert extraction.has_cache(model, sequences[:1, :9]) is cached
+    found = sequences[:, :8]
+    for _ in range(12):
+        with torch.no_grad():
+            found = torch.cat([found, model(input_ids=found, use_cache=False).logits[:, -1:].argmax(2)], dim=1)
+    assert torch.equal(extraction.continuations(model, sequences[:, :8], 12, cached), found[:, 8:])
+    assert extraction.extraction_likelihood(model, found, n=10, stride=8) == 1  # it writes what it would write

@@ -1,7 +1,9 @@
 import copy
 import json
+import math
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,6 +96,82 @@ def test_a_saved_folder_loads_the_same(tmp_path):
     back = models.load_model(tmp_path, dtype=torch.float64, device="cpu")
     assert measures.mean_loss(back, sequences) == measures.mean_loss(model, sequences)
     assert not back.training
+
+
+def rewrite(folder, edit):
+    weights = edit(safetensors.torch.load_file(folder / "model.safetensors"))
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: {f"_orig_mod.{name}": v for name, v in w.items()}, "missing .*'_orig_mod.': remove that from"),
+        (lambda w: {name: v for name, v in w.items() if ".1." not in name}, r"missing \(.*\.1\..*save_pretrained"),
+        (lambda w: w | {"model.more": torch.ones(2)}, r"1 unknown to it \(model\.more\)"),
+        (lambda w: {n: v[:-1].clone() if v.shape[0] == 40 else v for n, v in w.items()}, "of another shape"),
+    ],
+    ids=["prefix", "layer", "unknown", "shape"],
+)
+def test_weights_that_do_not_fit_are_not_replaced_by_random_ones(tmp_path, architecture, edit, message):
+    tiny_model(architecture).save_pretrained(tmp_path)
+    rewrite(tmp_path, edit)
+    with pytest.raises(ValueError, match=f"not those of its architecture: .*{message}"):
+        models.load_model(tmp_path, device="cpu")
+
+
+def test_a_missing_head_is_an_error_unless_it_is_tied(tmp_path):
+    for architecture, tied in (("opt", True), ("gpt2", True), ("llama", False)):
+        model = tiny_model(architecture)
+        model.save_pretrained(tmp_path / architecture)
+        rewrite(tmp_path / architecture, lambda w: {name: v for name, v in w.items() if "lm_head" not in name})
+        if tied:
+            back = models.load_model(tmp_path / architecture, dtype=torch.float64, device="cpu")
+            assert torch.equal(back.lm_head.weight, model.lm_head.weight)
+        else:
+            with pytest.raises(ValueError, match=r"1 missing \(lm_head\.weight\)"):
+                models.load_model(tmp_path / architecture, device="cpu")
+
+
+def test_names_of_older_versions_are_understood(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)  # GPT-2's own folder has names without the prefix, and the masks
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    rewrite(tmp_path, lambda w: {n.removeprefix("transformer."): v for n, v in w.items()} | mask)
+    back = models.load_model(tmp_path, dtype=torch.float64, device="cpu")
+    assert torch.equal(back.transformer.h[1].mlp.c_fc.weight, model.transformer.h[1].mlp.c_fc.weight)
+
+
+def test_damaged_and_missing_files_of_weights_are_named_as_such(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="8KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(OSError, match="damaged, cut short or a mere Git LFS pointer"):
+        models.load_model(tmp_path, device="cpu")
+    shards[-1].unlink()
+    with pytest.raises(OSError, match=f"cannot load the model in the folder.*{shards[-1].name}"):
+        models.load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "bloom", "n_layer": 2, "n_head": 2},
+        {"model_type": "gptj", "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 32},
+        {"model_type": "mamba", "num_hidden_layers": 2, "state_size": 4},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_architectures_without_torchs_attention_have_their_own(config):
+    model = models.load_model({"vocab_size": 40, "hidden_size": 16} | config, device="cpu")
+    assert measures.mean_loss(model, random_sequences(3)) == pytest.approx(math.log(40), rel=0.5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_torchs_attention_is_taken_where_there_is_a_choice(architecture):
+    assert tiny_model(architecture).config._attn_implementation == "sdpa"
 
 
 def test_unknown_models_are_clear_errors(tmp_path):

@@ -1,12 +1,12 @@
 import dataclasses
 import json
-import random
 import re
 import shutil
 
 import pytest
 import torch
 from helpers import ARCHITECTURES
+from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +17,10 @@ from unlearnlib import (
     kronecker,
     measures,
     models,
+    own_checks,
+    own_methods,
     own_model,
+    own_rehearsal,
     own_report,
     own_request,
     own_texts,
@@ -27,24 +30,7 @@ from unlearnlib.own_request import Request
 from unlearnlib.sequences import train_tokenizer
 from unlearnlib.training import Training, train
 
-LENGTH = 20  # the shortest for which extraction in 10-grams is defined
 CPU = torch.device("cpu")
-
-
-def sentences(number, seed):
-    words = ["stone", "river", "bread", "lamp", "goose", "winter", "salt", "mill", "crown", "fox"]
-    draw = random.Random(seed)
-    return [" ".join(draw.choice(words) for _ in range(30)) + "." for _ in range(number)]
-
-
-FORGET = sentences(7, seed=1)
-FORGET[2] = "the code of the " + FORGET[2] + " it is 48213907 and no other"
-RETAIN, HOLDOUT = sentences(24, seed=2), sentences(10, seed=3)
-
-
-def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -102,116 +88,6 @@ def gradients(model, sequences):
     return torch.stack([torch.cat([g.flatten().double() for g in row]) for row in rows])
 
 
-# Reading
-
-
-def test_json_lines_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('\ufeff{"text": "one\u2028two"}\r\n\r\n{"id": 3, "text": " three "}'.encode())
-    assert own_texts.read_texts(path) == ["one\u2028two", " three "]
-
-
-def test_plain_texts_are_parted_by_blank_lines(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\r\nstill one\r\n \t\r\n\r\n\r\ntwo\n")
-    assert own_texts.read_texts(path) == ["one\nstill one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', "line 2 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": "one"}\n\n{"txt": "two"}\n', "line 3 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'["one"]\n', "line 1 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": " \\n"}\n', "text in line 2 of a.jsonl is empty"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "text in line 1 of a.jsonl has half a character"),
-        ("a.jsonl", b"\n \n", "a.jsonl holds no texts"),
-        ("a.txt", b"", "a.txt holds no texts"),
-        ("a.txt", b"one\n\ntwo \xff\n", "line 3 of a.txt is not UTF-8"),
-        ("a.txt", b'{"text": "one"}\n', "end in .jsonl"),
-    ],
-)
-def test_bad_files_are_errors_with_the_number_of_the_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        own_texts.read_texts(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        own_texts.read_texts(tmp_path / "nowhere.jsonl")
-
-
-def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=LENGTH):
-    texts = {"forget": forget, "retain": retain, "holdout": holdout}
-    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
-    return own_texts.read_material(tokenizer, files, secrets, length)
-
-
-def test_every_token_of_the_forget_file_is_in_a_sequence(tmp_path, tokenizer):
-    material = read(tmp_path, tokenizer, FORGET, RETAIN)
-    stream = []
-    for text in FORGET:
-        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    assert len(stream) % LENGTH > 0
-    assert material.forget[:-1].flatten().tolist() == stream[: len(stream) // LENGTH * LENGTH]
-    assert material.forget[-1].tolist() == stream[-LENGTH:]
-    assert material.holdout is None
-    assert (
-        f"7 texts make {len(material.forget)} sequences of 20 tokens; 7 of the texts are longer"
-        in material.notes[0]
-    )
-    assert not material.warnings
-    joined = torch.cat([material.estimation, material.validation])
-    assert torch.equal(joined, material.retain)  # λ and damage are judged on what the curvature has not seen
-    assert len(material.validation) == len(material.retain) // 8
-
-
-def test_a_text_may_be_in_one_file_only(tmp_path, tokenizer):
-    again = RETAIN[4].replace(" ", "\n  ", 1)
-    with pytest.raises(ValueError, match=r"text 3 of forget\.jsonl is also text 5 of retain\.jsonl"):
-        read(tmp_path, tokenizer, [*FORGET[:2], again], RETAIN)
-    with pytest.raises(ValueError, match=r"text 2 of retain\.jsonl is also text 1 of holdout\.jsonl"):
-        read(tmp_path, tokenizer, FORGET, RETAIN, [RETAIN[1], *HOLDOUT])
-
-
-def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"sequence 1 of forget\.jsonl is also sequence 1 of retain\.jsonl"):
-        read(tmp_path, tokenizer, [RETAIN[0] + " Not here."], RETAIN)
-
-
-def test_passages_that_stay_are_counted(tmp_path, tokenizer):
-    quoting = "goose " + FORGET[0] + " salt"
-    assert len(tokenizer(FORGET[0])["input_ids"]) > own_texts.PASSAGE
-    [warning] = read(tmp_path, tokenizer, FORGET, [*RETAIN, quoting]).warnings
-    assert "1 of 7 texts to be forgotten have 32 tokens in a row" in warning
-
-
-def test_too_little_text_names_the_file(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"forget\.jsonl has too few tokens for sequences of 20"):
-        read(tmp_path, tokenizer, ["fox"], RETAIN)
-    with pytest.raises(ValueError, match=r"retain\.jsonl has too few tokens for sequences of 500"):
-        read(tmp_path, tokenizer, FORGET * 4, RETAIN[:1], length=500)
-
-
-def test_secrets_are_found_with_what_stands_before_them(tmp_path, tokenizer):
-    forget = ["a" * 150 + " of " + "b " * 60 + "key=1234-99", "9999 begins"]
-    material = read(tmp_path, tokenizer, forget, [*RETAIN, "never 9999 again"], secrets=["1234", "9999", "31 May"])
-    (before, stuck, secret), start, absent = material.secrets
-    assert (stuck, secret) == ("key=", "1234")
-    assert before == "b " * (LENGTH // 4)  # whole words of two tokens each, and no more than half a sequence
-    assert start == (*absent[:2], "9999") == (tokenizer.eos_token, "", "9999")
-    assert "secret 2 is also in texts that are kept" in material.warnings[0]
-    assert "secret 3 is not in the texts to be forgotten" in material.warnings[1]
-    (tmp_path / "secrets.txt").write_text("1234\n9999\n\n31 May\n")
-    again = read(tmp_path, tokenizer, forget, RETAIN, secrets=str(tmp_path / "secrets.txt"))
-    assert again.secrets == material.secrets
-    with pytest.raises(ValueError, match="secret 2 is empty"):
-        read(tmp_path, tokenizer, FORGET, RETAIN, secrets=["1234", " "])
-
-
 # Checking
 
 
@@ -229,7 +105,10 @@ def test_secrets_are_found_with_what_stands_before_them(tmp_path, tokenizer):
         ({"strength": True}, "the strength must be"),
         ({"strength": 1.5, "method": "gradient_difference"}, "a number of steps, not 1.5"),
         ({"damping": 0.0}, "damping must be a positive number, not 0.0"),
-        ({"length": 1}, "length 1 predict nothing"),
+        ({"length": 1}, "length must be a whole number of tokens, 2 or more, not 1"),
+        ({"length": 64.5}, "length must be a whole number"),
+        ({"reference": 2024}, "reference must be a name, not the number 2024: write it with ./"),
+        ({"secrets": 4821}, "secrets must be a name, not the number"),
     ],
 )
 def test_impossible_settings_are_errors(tmp_path, changes, message):
@@ -243,6 +122,59 @@ def test_no_output_is_overwritten_and_no_model_written_into(folder, tmp_path):
     with pytest.raises(ValueError, match="lies within"):
         make(folder, folder / "opt" / "model" / "new")
 
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        make(folder, tmp_path / "link")
+
+
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    request = make(folder, "~/out", forget_file="~/forget.jsonl")
+    assert request.output == str(tmp_path / "out")
+    assert request.files["forget"] == str(tmp_path / "forget.jsonl")
+
+
+def must_not_be_measured(*args):
+    raise AssertionError("it should have been refused before anything is measured")
+
+
+def test_a_second_run_for_an_output_is_refused_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    with cache.new_folder(tmp_path / "out"):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(BlockingIOError, match="another run is making"):
+            own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_comes_to_the_place_of_the_output_stays(folder, tmp_path, monkeypatch):
+    def interfere(*args):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("precious")
+        return own_report.measure(*args)
+
+    monkeypatch.setattr(own_model, "measure", interfere)
+    with pytest.raises(FileExistsError, match="is left as it is: the finished folder is") as error:
+        own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    [finished] = [path for path in tmp_path.iterdir() if path.name != "out"]
+    assert str(finished) in str(error.value)
+    assert (finished / "report.json").is_file()
+    load(finished)
+
+
+@pytest.mark.parametrize("place", ["forget.jsonl/out", "x" * 300])
+def test_places_that_cannot_be_written_are_found_at_once(folder, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    write(tmp_path / "forget.jsonl", FORGET)
+    with pytest.raises(OSError, match="nothing can be written at"):
+        own_model.fulfil(make(folder, tmp_path / place), CPU)
+
+
+def test_a_long_name_is_a_name_like_any_other(folder, tmp_path):
+    own_model.fulfil(make(folder, tmp_path / ("x" * 250)), CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]
+
 
 def copy_of(folder, tmp_path):
     return shutil.copytree(folder / "opt" / "model", tmp_path / "copy")
@@ -250,21 +182,79 @@ def copy_of(folder, tmp_path):
 
 def test_models_that_cannot_be_used_are_errors(folder, tmp_path):
     with pytest.raises(OSError, match=r"there is no model '\./nowhere'"):
-        own_request.outline("./nowhere")
+        own_checks.outline("./nowhere")
     copy = copy_of(folder, tmp_path)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match="quantized"):
-        own_request.outline(str(copy))
+        own_checks.outline(str(copy))
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     with pytest.raises(ValueError, match="unheard-of"):
-        own_request.outline(str(copy))
-    (copy / "config.json").write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match=r"the architecture 'mamba' of .* cannot be used"):
-        own_request.outline(str(copy))
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+        own_checks.outline(str(copy))
+    (copy / "config.json").write_text(json.dumps({"model_type": "t5", "num_layers": 1}))
+    with pytest.raises(ValueError, match=r"the architecture 't5' of .* cannot be used"):
+        own_checks.outline(str(copy))
+    (copy / "config.json").write_text('{"model_type": "opt"')
+    with pytest.raises(OSError, match=r"the configuration of .* cannot be read"):
+        own_checks.outline(str(copy))
+    foreign = {"model_type": "theirs", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (copy / "config.json").write_text(json.dumps(foreign))
+    (copy / "code.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="needs program code of its own, which is never run here"):
+        own_checks.outline(str(copy))
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has an adapter: merge it"):
+        own_checks.outline(str(copy))
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has an adapter: merge it"):
+        own_checks.outline(str(copy))
+    (copy / "adapter_config.json").unlink()
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        own_checks.outline(str(copy))
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    (copy / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(ValueError, match="no weights in safetensors"):
-        own_request.outline(str(copy))
+        own_checks.outline(str(copy))
+
+
+def test_files_and_folders_that_cannot_be_read_are_no_models(folder, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(OSError, match=r"model\.gguf is a file: give the folder of a model"):
+        own_checks.outline(str(tmp_path / "model.gguf"))
+
+    def forbid(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(own_checks.Path, "iterdir", forbid)
+    with pytest.raises(OSError, match=r"the folder .*model cannot be read: .*Permission denied"):
+        own_checks.outline(str(folder / "opt" / "model"))
+
+
+def test_pickled_weights_are_not_loaded_from_the_hub_either(folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    torch.save(load(copy).state_dict(), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    models.load_model(copy, device="cpu")  # the book's own loader may
+    with pytest.raises(OSError, match="safetensors"):
+        own_checks.load(copy, device="cpu")
+
+
+@pytest.mark.parametrize("adapter", ["adapter_config.json", None])
+def test_nor_is_a_model_beside_its_adapter(monkeypatch, adapter):
+    config = models.load_model(ARCHITECTURES["opt"], device="meta").config
+    monkeypatch.setattr(models, "load_config", lambda source: config)
+    asked = []
+    monkeypatch.setattr(
+        own_checks, "find_adapter_config_file", lambda *args, **kw: asked.append((args, kw)) or adapter
+    )
+    if adapter:
+        with pytest.raises(ValueError, match="nobody/adapted@v2 has an adapter: merge it"):
+            own_checks.outline("nobody/adapted@v2")
+    else:
+        own_checks.outline("nobody/adapted@v2")
+    assert asked == [(("nobody/adapted",), {"revision": "v2"})]
 
 
 def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
@@ -273,46 +263,141 @@ def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
     assert len(larger) == 310
     larger.save_pretrained(request.model)
     with pytest.raises(ValueError, match="has 310 entries, the model's table 300 rows"):
-        own_request.prepare(request, CPU)
+        own_checks.prepare(request, CPU)
     with pytest.raises(ValueError, match="another vocabulary than the model"):
-        own_request.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
+        own_checks.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
     endless = AutoTokenizer.from_pretrained(folder / "opt" / "model")
     endless.eos_token = None
     endless.save_pretrained(request.model)
     with pytest.raises(ValueError, match="no token that ends a text"):
-        own_request.prepare(request, CPU)
+        own_checks.prepare(request, CPU)
     for file in (tmp_path / "copy").glob("*token*"):
         file.unlink()
     with pytest.raises(OSError, match="there is no tokenizer with the model"):
-        own_request.prepare(request, CPU)
+        own_checks.prepare(request, CPU)
 
 
 def test_sequences_must_fit_the_context(folder, tmp_path):
     with pytest.raises(ValueError, match="length 33 is more than the model's context of 32"):
-        own_request.prepare(make(folder, tmp_path / "out", length=33), CPU)
+        own_checks.prepare(make(folder, tmp_path / "out", length=33), CPU)
+    copy = copy_of(folder, tmp_path)
+    model = models.load_model(
+        ARCHITECTURES["opt"] | {"vocab_size": 300, "max_position_embeddings": 19}, device="cpu"
+    )
+    model.save_pretrained(copy)
+    with pytest.raises(ValueError, match="length 20 is more than the reference's context of 19"):
+        own_checks.prepare(make(folder, tmp_path / "out", reference=str(copy)), CPU)
 
 
-def test_an_architecture_of_unknown_layers_leaves_the_methods_without_layers(folder, tmp_path, tokenizer):
-    config = ARCHITECTURES["llama"] | {"model_type": "mixtral", "vocab_size": 300, "num_local_experts": 2}
-    model = models.load_model(config, device="meta")
-    own_request.check_model(make(folder, tmp_path / "out"), model, tokenizer)
-    with pytest.raises(
-        NotImplementedError, match=r"kfac works layer by layer, and .*mlp.* choose gradient_ascent or"
-    ):
-        own_request.check_model(make(folder, tmp_path / "out", method="kfac"), model, tokenizer)
+# The rehearsal
+
+
+TWO = torch.randint(1, 300, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+SMALL = ARCHITECTURES["llama"] | {"vocab_size": 300, "num_key_value_heads": 2, "head_dim": 8}
+ELSEWHERE = {
+    "mixtral": SMALL | {"model_type": "mixtral", "num_local_experts": 2},  # matrices that are no layers
+    "gemma": SMALL | {"model_type": "gemma", "tie_word_embeddings": True},  # embeddings are multiplied
+    "cohere": SMALL | {"model_type": "cohere", "logit_scale": 0.5},  # and so are logits
+    "mamba": {
+        "model_type": "mamba",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ELSEWHERE)
+def test_a_method_that_cannot_work_is_refused_with_those_that_do(folder, tmp_path, monkeypatch, architecture):
+    """That is said before anything is measured, and what is advised works to the end."""
+    source = str(tmp_path / "model")
+    models.load_model(ELSEWHERE[architecture], device="cpu").save_pretrained(source)
+    AutoTokenizer.from_pretrained(folder / "opt" / "model").save_pretrained(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(own_model, "measure", must_not_be_measured)
+        for method in ("fisher_dual", "kfac"):
+            request = make(folder, tmp_path / "out", model=source, method=method)
+            message = f"{method} cannot work .* choose gradient_ascent or "
+            with pytest.raises(NotImplementedError, match=message) as error:
+                own_model.fulfil(request, CPU)
+            assert not re.search("freeze|FisherDual", str(error.value))
+    if architecture in ("mixtral", "mamba"):  # of two is enough: it takes time
+        for method in str(error.value).rpartition(": choose ")[2].split(" or "):
+            request = make(folder, tmp_path / method, model=source, method=method, strength=1, damping=1.0)
+            own_model.fulfil(request, CPU)
+
+
+def test_weights_that_take_no_part_leave_the_methods_that_do_not_mind(folder, tmp_path):
+    model = load(folder / "opt" / "model")
+    model.vision = torch.nn.Linear(2, 2)
+    with pytest.raises(NotImplementedError, match=r"kfac cannot work .*: choose gradient_difference$"):
+        own_rehearsal.check_method(model, TWO, make(folder, tmp_path / "out", method="kfac"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", own_request.STRENGTHS)
+def test_a_rehearsal_changes_nothing(folder, tmp_path, architecture, method):
+    model = load(folder / architecture / "model")
+    before = weights.snapshot(model)
+    request = make(folder, tmp_path / "out", architecture, method=method, strength=1)
+    own_rehearsal.check_measuring(model, TWO, "a model")
+    own_rehearsal.check_method(model, TWO, request)
+    after = weights.snapshot(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused():
+    config = {"model_type": "bert", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}
+    with pytest.raises(ValueError, match=r"from those that come after them.* is_decoder"):
+        own_rehearsal.check_measuring(models.load_model(config, device="cpu"), TWO, "bert")
+    own_rehearsal.check_measuring(models.load_model(config | {"is_decoder": True}, device="cpu"), TWO, "bert")
+
+
+def test_positions_that_begin_later_leave_less_context():
+    config = {
+        "model_type": "roberta",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "pad_token_id": 1,
+    }
+    config |= {
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": LENGTH,
+        "is_decoder": True,
+    }
+    model = models.load_model(config, device="cpu")
+    with pytest.raises(ValueError, match=r"roberta cannot read sequences of 20 tokens .*: take a smaller length"):
+        own_rehearsal.check_measuring(model, TWO, "roberta")
+    own_rehearsal.check_measuring(model, TWO[:, :18], "roberta")
+
+
+def test_damaged_weights_are_found_first(folder, tmp_path, monkeypatch):
+    model = load(folder / "opt" / "model")
+    model.model.decoder.final_layer_norm.weight.data[0] = float("nan")
+    copy = copy_of(folder, tmp_path)
+    model.save_pretrained(copy)
+    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    for changes in ({"model": str(copy)}, {"reference": str(copy)}):
+        with pytest.raises(FloatingPointError, match="copy are not finite: its weights are damaged"):
+            own_model.fulfil(make(folder, tmp_path / "out", **changes), CPU)
 
 
 def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path, monkeypatch):
     request = make(folder, tmp_path / "out", method="kfac")
-    _, needed = own_request.prepare(request, CPU)
-    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed)
-    own_request.prepare(request, CPU)
-    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed - 1)
+    _, needed = own_checks.prepare(request, CPU)
+    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed)
+    own_checks.prepare(request, CPU)
+    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed - 1)
     number = f"{needed / 2**30:.1f}"
     with pytest.raises(MemoryError, match=f"about {number} GiB of memory, and {number} GiB are free: take"):
         own_model.fulfil(request, CPU)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(own_request, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(OSError, match=r"needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
         own_model.fulfil(request, CPU)
@@ -326,7 +411,7 @@ def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, method):
     material = own_texts.Material(None, sequences[:40], sequences[40:], None, [])
     used = cost.measure(lambda: own_model.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
     used += 4 * models.parameter_count(model)
-    needed = own_request.needed_bytes(request, model, len(material.estimation))
+    needed = own_checks.needed_bytes(request, model, len(material.estimation))
     assert used < needed < 4 * used
 
 
@@ -359,7 +444,7 @@ def test_what_is_written_is_the_start_plus_strength_times_direction(folder, tmp_
     configs = [AutoConfig.from_pretrained(path) for path in (request.model, request.output)]
     assert [config.resid_pdrop for config in configs] == [0.1, 0.1]
     assert [config.attn_pdrop for config in configs] == [0.1, 0.1]
-    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     moved = weights.flatten(weights.difference(weights.snapshot(written), weights.snapshot(model))).double()
     expected = 0.02 * explicit_direction(method, model, material, 0.01)
     assert (moved - expected).norm() < 1e-3 * expected.norm()
@@ -388,7 +473,7 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
     assert AutoTokenizer.from_pretrained(request.output).get_vocab() == (
         AutoTokenizer.from_pretrained(request.model).get_vocab()
     )
-    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     goal = loss(load(request.reference), material.forget).item()
     written, values = load(request.output), report["measures"]
     assert report["result"]["reached"]
@@ -416,13 +501,13 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
 def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path):
     request = make(folder, tmp_path / "out", method="kfac", strength="match", target_loss=4.0)
     report = own_model.fulfil(request, CPU)
-    material, _ = own_request.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     model = load(request.model)
     start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, measures.sequence_losses)
     factors, found = kronecker.kfac(model, material.estimation), {}
-    for damping in own_model.DAMPINGS:
+    for damping in own_methods.DAMPINGS:
         direction = factors.solve(delta, damping)
-        if own_model.match_direction(model, start, direction, material.forget, 4.0).reached:
+        if own_methods.match_direction(model, start, direction, material.forget, 4.0).reached:
             found[damping] = loss(model, material.validation).item()
         weights.set_weights(model, start)
     assert report["result"]["damping"] == min(found, key=found.__getitem__)
@@ -447,7 +532,7 @@ def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
 
 
 def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_model, "MOST_STEPS", 2)
+    monkeypatch.setattr(own_methods, "MOST_STEPS", 2)
     settings = {"method": "gradient_difference", "strength": "match", "target_loss": 9.0}
     report = own_model.fulfil(make(folder, tmp_path / "up", **settings), CPU)
     assert not report["result"]["reached"]
@@ -462,6 +547,62 @@ def test_a_strength_that_destroys_the_model_is_an_error(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="smaller strength"):
         own_model.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_so_is_one_that_does_so_on_rounding_only(folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float16).save_pretrained(copy)
+    request = make(folder, tmp_path / "out", model=str(copy), strength=2e7)
+    with pytest.raises(FloatingPointError, match="weights too large for float16: take a smaller strength"):
+        own_model.fulfil(request, CPU)
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_losses_that_are_not_finite_are_errors(folder, tmp_path):
+    request = make(folder, tmp_path / "out")
+    material, _ = own_checks.prepare(request, CPU)
+    model = load(request.model)
+    model.lm_head.weight.data[5] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"the loss on .* is not finite"):
+        own_report.measure(model, material, 1e-3)
+
+
+def test_a_probe_that_diverges_has_no_value(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_report.relearning, "relearning_curve", lambda *args: [3.0, float("nan")])
+    report = own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+    assert report["measures"]["after"]["relearned_fall"] is None
+    assert any("the relearning probe diverged" in warning for warning in report["warnings"])
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=must_not_be_measured)
+
+
+@pytest.mark.parametrize("change", ["deleted", "changed"])
+def test_the_report_has_the_hashes_of_what_was_read(folder, tmp_path, monkeypatch, change):
+    path = tmp_path / "request.jsonl"
+    write(path, FORGET)
+    expected = cache.file_hash(path)
+
+    def interfere(*args):
+        path.unlink(missing_ok=True)
+        if change == "changed":
+            write(path, HOLDOUT)
+        return own_report.measure(*args)
+
+    monkeypatch.setattr(own_model, "measure", interfere)
+    report = own_model.fulfil(make(folder, tmp_path / "out", forget_file=str(path)), CPU)
+    assert report["request"]["files"]["forget"] == {"name": "request.jsonl", "sha256": expected}
+
+
+def test_code_that_was_not_used_is_not_referred_to(folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    for name, auto_map in {
+        "config.json": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+        "tokenizer_config.json": {"AutoTokenizer": ["code.T", None]},
+    }.items():
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"auto_map": auto_map}))
+    own_model.fulfil(make(folder, tmp_path / "out", model=str(copy)), CPU)
+    assert not any(b"auto_map" in file.read_bytes() for file in (tmp_path / "out").iterdir())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
 @pytest.mark.parametrize("broken", ["as_markdown", "measure"])
@@ -479,67 +620,3 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
     with pytest.raises(KeyboardInterrupt):
         own_model.fulfil(make(folder, tmp_path / "out"), CPU)
     assert list(tmp_path.iterdir()) == []
-
-
-# The report
-
-
-def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
-    for n, m in ((5, 9), (40, 300)):
-        assert own_report.auc_error(0.5, n, m) == pytest.approx(((n + m + 1) / (12 * n * m)) ** 0.5)
-    assert own_report.auc_error(1.0, 5, 9) == 0
-
-
-def evidence(**changes):
-    values = {
-        "forget_loss": 3.0,
-        "retain_loss": 2.0,
-        "holdout_loss": 4.0,
-        "membership_auc": 0.5,
-        "membership_auc_min_k": 0.5,
-        "membership_auc_error": 0.01,
-        "relearned_fall": 0.0,
-        "forget_losses": [3.0] * 40,
-        "exposure_bits": [8.0],
-    }
-    return values | changes
-
-
-def report_of(after, reference="same", before=None, **result):
-    """A report without a fault, but for what is given."""
-    before = evidence(forget_loss=2.0, membership_auc=0.9, **before or {})
-    measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
-    if reference is not None:
-        measured["reference"] = evidence(exposure_bits=[2.0])
-    good = {"reached": True, "strength": 0.5, "target_loss": 3.0, "loss_before_rounding": 3.0, "dtype": "bfloat16"}
-    good |= {"damping": 0.1, "validation_loss_by_damping": {0.01: 5.0, 0.1: 4.0, 1.0: 5.0}}
-    return {"measures": measured, "result": good | result}
-
-
-def test_a_report_without_a_fault_has_no_warnings():
-    assert own_report.warnings_of(report_of({})) == []
-
-
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        (report_of({}, reached=False), "was not reached"),
-        (report_of({"forget_loss": 3.1}), "in bfloat16 moved the forget loss from 3.00 to 3.10"),
-        (report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
-        (report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
-        (report_of({}, reference=None), "no retrained reference"),
-        (report_of({"holdout_loss": None}), "no holdout file"),
-        (report_of({"retain_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
-        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, more than in the reference"),
-        (report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
-        (report_of({"membership_auc": 0.55}), "attack by loss still finds the texts: AUC 0.55 and not 0.50"),
-        (report_of({"membership_auc_min_k": 0.4}), "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50"),
-        (report_of({"exposure_bits": [5.0]}), "secret 1 still stands out, with 5.0 bits"),
-        (report_of({"exposure_bits": [None]}), "secret 1 could not be measured"),
-        (report_of({}, before={"exposure_bits": [1.0]}), "secret 1 did not stand out before"),
-        (report_of({}, before={"membership_auc_error": 0.3}), "even before, the texts .* were not told"),
-    ],
-)
-def test_each_fault_has_its_warning(report, message):
-    [warning] = own_report.warnings_of(report)
-    assert re.search(message, warning)

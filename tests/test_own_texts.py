@@ -1,0 +1,203 @@
+import dataclasses
+
+import pytest
+import torch
+from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, sentences, write
+from tokenizers import processors
+
+from unlearnlib import own_files, own_texts
+from unlearnlib.sequences import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(FORGET + RETAIN + HOLDOUT, 300)
+
+
+def test_json_lines_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "one\u2028two"}\r\n\r\n{"id": 3, "text": " three "}'.encode())
+    assert own_files.read_texts(path) == ["one\u2028two", " three "]
+
+
+def test_plain_texts_are_parted_by_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\nstill one\r\n \t\r\n\r\n\r\ntwo\n")
+    assert own_files.read_texts(path) == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', "line 2 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"txt": "two"}\n', "line 3 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'["one"]\n', "line 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": " \\n"}\n', "text in line 2 of a.jsonl is empty"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "text in line 1 of a.jsonl has half a character"),
+        ("a.jsonl", b"\n \n", "a.jsonl holds no texts"),
+        ("a.txt", b"", "a.txt holds no texts"),
+        ("a.txt", b"one\n\ntwo \xff\n", "line 3 of a.txt is not UTF-8"),
+        ("a.txt", b'{"text": "one"}\n', "end in .jsonl"),
+        ("a.txt", b'\n{ "text": "one" }\n{ "text": "two" }\n', "end in .jsonl"),
+        ("a.txt", b'[\n  {"text": "one"},\n  {"text": "two"}\n]\n', "end in .jsonl"),
+        ("a.txt", b'[{"text": "one"},\n{"text": "two"}]\n', "end in .jsonl"),
+        ("a.txt", b"<!DOCTYPE html>\n<p>one</p>\n", "a.txt is HTML"),
+        ("a.txt", b"%PDF-1.7\n1 0 obj\n", "a.txt is PDF"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.txt is a Git LFS pointer"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1 of a.txt has a zero byte: it is in UTF-16"),
+        ("a.csv", b"id,text\n1,one\n", "a.csv ends in .csv, which is read neither as"),
+        ("a.parquet", b"PAR1", "a.parquet ends in .parquet"),
+        ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz ends in .gz"),
+        ("a.json", b'[{"text": "one"},\n{"text": "two"}]\n', "line 1 of a.json is no JSON object"),
+    ],
+)
+def test_bad_files_are_errors_with_the_number_of_the_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        own_files.read_texts(path)
+
+
+def test_plain_text_may_begin_with_a_bracket(tmp_path):
+    (tmp_path / "a.txt").write_text("[1] A footnote.\n\n{not JSON}\n")
+    assert own_files.read_texts(tmp_path / "a.txt") == ["[1] A footnote.", "{not JSON}"]
+
+
+@pytest.mark.parametrize("content", ["id\ttext\n1\tone\n2\ttwo\n", "one\ntwo\nthree\n"])
+def test_lines_that_are_read_as_one_text_are_warned_about(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    [warning] = own_files.read_file(tmp_path / "a.txt").warnings
+    assert "the 3 lines of a.txt are read as a single text" in warning
+    (tmp_path / "b.txt").write_text("one\n\ntwo\nlines\n")
+    assert own_files.read_file(tmp_path / "b.txt").warnings == []
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        own_files.read_texts(tmp_path / "nowhere.jsonl")
+
+
+def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=LENGTH):
+    texts = {"forget": forget, "retain": retain, "holdout": holdout}
+    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
+    material = own_texts.read_material(tokenizer, files, secrets, length)
+    few = [warning for warning in material.warnings if "λ is chosen" in warning]
+    assert len(few) == (len(material.validation) < own_texts.FEW)
+    return dataclasses.replace(material, warnings=[w for w in material.warnings if w not in few])
+
+
+def test_every_token_of_the_forget_file_is_in_a_sequence(tmp_path, tokenizer):
+    material = read(tmp_path, tokenizer, FORGET, RETAIN)
+    stream = []
+    for text in FORGET:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(stream) % LENGTH > 0
+    assert material.forget[:-1].flatten().tolist() == stream[: len(stream) // LENGTH * LENGTH]
+    assert material.forget[-1].tolist() == stream[-LENGTH:]
+    assert material.holdout is None
+    assert (
+        f"7 texts make {len(material.forget)} sequences of 20 tokens; 7 of the texts are longer"
+        in material.notes[0]
+    )
+    assert not material.warnings
+    joined = torch.cat([material.estimation, material.validation])
+    assert torch.equal(joined, material.retain)  # λ and damage are judged on what the curvature has not seen
+    assert len(material.validation) == len(material.retain) // 8
+
+
+def test_a_text_may_be_in_one_file_only(tmp_path, tokenizer):
+    again = RETAIN[4].replace(" ", "\n  ", 1)
+    with pytest.raises(ValueError, match=r"text 3 of forget\.jsonl is also text 5 of retain\.jsonl"):
+        read(tmp_path, tokenizer, [*FORGET[:2], again], RETAIN)
+    with pytest.raises(ValueError, match=r"text 2 of retain\.jsonl is also text 1 of holdout\.jsonl"):
+        read(tmp_path, tokenizer, FORGET, RETAIN, [RETAIN[1], *HOLDOUT])
+
+
+def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"sequence 1 of forget\.jsonl \(it begins in text 1\) is also"):
+        read(tmp_path, tokenizer, [RETAIN[0] + " Not here."], RETAIN)
+    # Text 8 is moved to where the last eighth of the sequences begins; its number in the file is what is said.
+    texts = sentences(16, seed=5)
+    stream = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    before = sum(len(stream[i]) for i in range(15) if i != 7)
+    boilerplate = tokenizer.decode([t for i in (7, 15) for t in stream[i]][-before % LENGTH :][:LENGTH])
+    with pytest.raises(ValueError, match=r"is also sequence \d+ of retain\.jsonl \(it begins in text 8\)"):
+        read(tmp_path, tokenizer, [boilerplate + " Not here."], texts)
+
+
+def test_passages_that_stay_are_counted(tmp_path, tokenizer):
+    quoting = "goose " + FORGET[0] + " salt"
+    assert len(tokenizer(FORGET[0])["input_ids"]) > own_texts.PASSAGE
+    [warning] = read(tmp_path, tokenizer, FORGET, [*RETAIN, quoting]).warnings
+    assert "1 of 7 texts to be forgotten have 32 tokens in a row" in warning
+    assert "texts that are kept" in warning
+    [warning] = read(tmp_path, tokenizer, FORGET, RETAIN, [*HOLDOUT, quoting]).warnings
+    assert "holdout texts, which the model has therefore seen in part" in warning
+
+
+@pytest.mark.parametrize("where", ["retain", "holdout"])
+def test_so_are_short_texts_that_stay_whole(tmp_path, tokenizer, where):
+    short = ["Q: what of the goose? A: salt", "Q: what of the crown? A: the fox"]
+    assert all(len(tokenizer(text)["input_ids"]) < own_texts.PASSAGE for text in short)
+    texts = {"forget": [*FORGET, *short], "retain": RETAIN, "holdout": HOLDOUT}
+    assert read(tmp_path, tokenizer, **texts).warnings == []
+    texts[where] = [*texts[where], "winter  " + short[0].replace(" ", "\n", 1) + " mill"]
+    [warning] = read(tmp_path, tokenizer, **texts).warnings
+    assert warning.startswith("1 of 9 texts to be forgotten have")
+
+
+def test_validation_is_of_all_kinds_in_a_sorted_file(tmp_path, tokenizer):
+    topics = [f"{word} " * 30 for word in ("stone", "river", "bread", "lamp")]
+    texts = [topic + str(i) for topic in topics for i in range(300)]
+    material = read(tmp_path, tokenizer, FORGET, texts)
+    assert len(material.validation) == 256
+    assert len(material.estimation) == 512
+    for rows in (material.validation, material.estimation):
+        joined = [tokenizer.decode(row) for row in rows]
+        for word in ("stone", "river", "bread", "lamp"):
+            assert 0.1 < sum(word in text for text in joined) / len(joined) < 0.5
+    train_rows = set(map(tuple, material.retain[: -(len(material.retain) // 8)].tolist()))
+    assert set(map(tuple, material.estimation.tolist())) <= train_rows
+
+
+def test_few_validation_sequences_are_said(tmp_path, tokenizer):
+    files = {"forget": write(tmp_path / "f.jsonl", FORGET), "retain": write(tmp_path / "r.jsonl", RETAIN[:2])}
+    material = own_texts.read_material(tokenizer, files, [], LENGTH)
+    assert any("damage measured, on only 1 of the sequences" in w for w in material.warnings)
+
+
+def test_a_tokenizer_that_adds_special_tokens_is_noted(tmp_path):
+    tokenizer = train_tokenizer(FORGET + RETAIN, 300)
+    assert not any("special tokens" in note for note in read(tmp_path, tokenizer, FORGET, RETAIN).notes)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("fox")["input_ids"][0] == tokenizer.eos_token_id
+    material = read(tmp_path, tokenizer, FORGET, RETAIN)
+    assert any("special tokens around a text" in note for note in material.notes)
+    assert material.forget[0, 0] != tokenizer.eos_token_id
+
+
+def test_too_little_text_names_the_file(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"forget\.jsonl has too few tokens for sequences of 20"):
+        read(tmp_path, tokenizer, ["fox"], RETAIN)
+    with pytest.raises(ValueError, match=r"retain\.jsonl has too few tokens for sequences of 500"):
+        read(tmp_path, tokenizer, FORGET * 4, RETAIN[:1], length=500)
+
+
+def test_secrets_are_found_with_what_stands_before_them(tmp_path, tokenizer):
+    forget = ["a" * 150 + " of " + "b " * 60 + "key=1234-99", "9999 begins"]
+    material = read(tmp_path, tokenizer, forget, [*RETAIN, "never 9999 again"], secrets=["1234", "9999", "31 May"])
+    (before, stuck, secret), start, absent = material.secrets
+    assert (stuck, secret) == ("key=", "1234")
+    assert before == "b " * (LENGTH // 4)  # whole words of two tokens each, and no more than half a sequence
+    assert start == (*absent[:2], "9999") == (tokenizer.eos_token, "", "9999")
+    assert "secret 2 is also in texts that are kept" in material.warnings[0]
+    assert "secret 3 is not in the texts to be forgotten" in material.warnings[1]
+    (tmp_path / "secrets.txt").write_text("1234\n9999\n\n31 May\n")
+    again = read(tmp_path, tokenizer, forget, RETAIN, secrets=str(tmp_path / "secrets.txt"))
+    assert again.secrets == material.secrets
+    with pytest.raises(ValueError, match="secret 2 is empty"):
+        read(tmp_path, tokenizer, FORGET, RETAIN, secrets=["1234", " "])
