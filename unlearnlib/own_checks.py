@@ -160,7 +160,7 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
         blocks = model.config.get_text_config().num_hidden_layers
         held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)
         least = 0
-        with contextlib.suppress(NotImplementedError):  # a layer it cannot work with is for the rehearsal to refuse
+        with contextlib.suppress(NotImplementedError):  # such a layer is for the rehearsal to refuse
             least = least_numbers(model, find_layers(model), estimation, tokens)
         passing, search = max(passing, 6 * d + max(2**24, 2 * least) + held), 8 * d
     elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
