@@ -4,7 +4,22 @@ import subprocess
 
 import pytest
 
+from unlearnlib import build
 from unlearnlib.build import repository, with_repository
+
+
+@pytest.mark.parametrize("profile", ["cpu", "quick"])
+def test_results_unlike_the_reference_fail_the_build_once_the_pages_are_made(tmp_path, monkeypatch, profile):
+    made = []
+    monkeypatch.setattr(build, "run_notebooks", lambda *_, **__: {})
+    monkeypatch.setattr(build, "render", lambda *_: made.append(1) or tmp_path / "index.html")
+    monkeypatch.setattr(build, "disagreements", lambda folder: ["`one`: 8 of 10 means ..."])
+    if profile == "quick":
+        assert build.make_book(tmp_path, profile) == tmp_path / "index.html"
+    else:
+        with pytest.raises(build.BuildError, match=r"do not agree(.|\n)*`one`: 8 of 10(.|\n)*The book is at"):
+            build.make_book(tmp_path, profile)
+    assert made
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import yaml
 
 from unlearnlib.cache import atomic_file, file_hash, json_hash, lock
 from unlearnlib.notebooks import MEMORY, Job, failed_page, plan, run_notebooks
+from unlearnlib.results import REFERENCE_PROFILE, disagreements
 
 
 class BuildError(Exception):
@@ -24,9 +25,9 @@ class BuildError(Exception):
 def make_book(root: Path, profile: str) -> Path:
     """Run every notebook that is not up to date, render the book, and return its first page.
 
-    Raises BuildError where a page has a warning or a notebook fails, then after all pages are made: that of the
-    notebook says what failed. Raises ValueError for an unknown profile or a notebook without the runner's
-    parameters.
+    Raises BuildError where a page has a warning, and after all pages are made where a notebook fails, whose page
+    says so, or where results are not those of the reference. Raises ValueError for an unknown profile or a
+    notebook without the runner's parameters.
     """
     with lock(root / "_build" / "book"):
         failures = run_notebooks(root, profile, say=_say)
@@ -38,6 +39,10 @@ def make_book(root: Path, profile: str) -> Path:
             ) from None
     if failures:
         raise BuildError(f"{_failed(root, profile, failures)}\nThe other chapters are at {index}")
+    found = disagreements(root / "_build" / profile / "results") if profile == REFERENCE_PROFILE else []
+    if found:
+        rows = ["these results do not agree with those in book/results:", *found]
+        raise BuildError("\n".join([*rows, f"If that is meant, replace the files. The book is at {index}"]))
     return index
 
 

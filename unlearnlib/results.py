@@ -118,36 +118,46 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_with_reference(profile: str, folder: str | Path, *exhibits: str) -> Markdown:
-    """Check the results in ``folder`` against the committed ones, and say the outcome in a sentence.
+    """Check the results in ``folder`` against the committed ones, and say the outcome in a sentence an exhibit.
 
     Another profile than the reference's has other sizes and is not compared.
-    Raises ValueError if less than nine tenths of an exhibit's means agree (see :func:`agreement`), naming one.
     """
     if profile != REFERENCE_PROFILE:
         return Markdown(
             f"*The reference results in `book/results` are those of the profile `{REFERENCE_PROFILE}`. "
             f"This run is of the profile `{profile}` and is not compared with them.*"
         )
-    sentences = []
-    for exhibit in exhibits:
-        if not (REFERENCE / f"{exhibit}.csv").exists():
-            sentences.append(f"`{exhibit}` has no reference results yet.")
-            continue
-        rerun, reference = read_results(folder, exhibit), read_results(REFERENCE, exhibit)
-        found = agreement(rerun, reference)
-        if found.empty:
-            sentences.append(f"`{exhibit}` is of one or two seeds, which have no interval to compare with.")
-            continue
-        if found["agrees"].mean() < 0.9:
-            worst = found.index[~found["agrees"]][0]
-            raise ValueError(
-                f"{exhibit} does not agree with the reference results in {REFERENCE.name}: only "
-                f"{found['agrees'].sum()} of {len(found)} means lie in their 95 % intervals. The first that does "
-                f"not is {worst}: {found[~found['agrees']].iloc[0].to_dict()}. If this is meant, replace the file."
-            )
-        agreeing = f"{found['agrees'].sum()} of {len(found)}"
-        sentences.append(f"`{exhibit}`: {agreeing} means lie in the 95 % intervals of the reference.")
+    sentences = [_comparison(folder, exhibit)[0] for exhibit in exhibits]
     return Markdown(f"*Compared with the reference results in `book/results`. {' '.join(sentences)}*")
+
+
+def disagreements(folder: str | Path) -> list[str]:
+    """A sentence for each exhibit in ``folder`` of which less than nine tenths of the means agree.
+
+    See :func:`agreement`. Exhibits that have not been run are passed over.
+    """
+    exhibits = [path.stem for path in sorted(REFERENCE.glob("*.csv")) if (Path(folder) / path.name).exists()]
+    compared = [_comparison(folder, exhibit) for exhibit in exhibits]
+    return [sentence for sentence, agrees in compared if not agrees]
+
+
+def _comparison(folder: str | Path, exhibit: str) -> tuple[str, bool]:
+    """What there is to say of an exhibit beside its reference, and whether that is good."""
+    if not (REFERENCE / f"{exhibit}.csv").exists():
+        return f"`{exhibit}` has no reference results yet.", True
+    found = agreement(read_results(folder, exhibit), read_results(REFERENCE, exhibit))
+    if found.empty:
+        return f"`{exhibit}` is of one or two seeds, which have no interval to compare with.", True
+    agreeing = (
+        f"`{exhibit}`: {found['agrees'].sum()} of {len(found)} means lie in the 95 % intervals of the reference."
+    )
+    if found["agrees"].mean() >= 0.9:
+        return agreeing, True
+    first = found[~found["agrees"]].iloc[0]
+    worst = (
+        f"{' '.join(map(str, first.name))}: {first['rerun']:.3g}, not in {first['low']:.3g} to {first['high']:.3g}"
+    )
+    return f"{agreeing} It does not agree; the first that lies outside is {worst}.", False
 
 
 def mean_text(values: Iterable[float], digits: int = 2) -> str:
