@@ -15,7 +15,7 @@ help:
 	@echo 'make clean  remove what these commands made here; downloads and trained models stay in the user cache'
 	@echo
 	@echo 'make book PROFILE=quick   small models, minutes on a laptop (the default)'
-	@echo 'make book PROFILE=cpu     reference results: more seeds and a 135M-parameter model, two hours on 2 cores'
+	@echo 'make book PROFILE=cpu     reference results: more seeds and a 135M-parameter model, hours on 2 cores'
 	@echo 'make book PROFILE=gpu     models and datasets from the Hugging Face hub, for one 80 GB GPU'
 	@echo 'PYTHON=python3.12         the interpreter to use, 3.11 or later (the default: python3)'
 
