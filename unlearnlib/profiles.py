@@ -105,13 +105,13 @@ def on_second_corpus(settings: Profile, seeds: int) -> Profile:
 REAL_MODELS: dict[str, dict[str, Any]] = {
     "quick": {
         "model": SMOLLM2,
-        "length": 32,
+        "length": 24,
         "forget": 16,
-        "retain": 48,
+        "retain": 40,
         "holdout": 16,
         "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
         "seeds": (0,),
-        "relearning_steps": 6,
+        "relearning_steps": 4,
         "relearning_rate": 5e-5,
         "last_blocks": 4,
     },
