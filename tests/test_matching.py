@@ -33,6 +33,19 @@ def test_a_target_out_of_reach_is_reported_with_the_closest_point():
     assert match.evaluations == 60
 
 
+@pytest.mark.parametrize(("jump", "start"), [(0.7, 1.0), (0.0, 1e308)])
+def test_a_loss_that_jumps_past_the_target_ends_the_search(jump, start):
+    asked = []
+
+    def loss(strength):
+        asked.append(strength)
+        assert len(asked) <= 60, "the search goes on for ever"
+        return 1.0 if strength < jump or (math.isfinite(strength) and not jump) else math.nan
+
+    match = matching.match_strength(loss, target=2.0, start=start)
+    assert (match.loss, match.reached, match.evaluations) == (1.0, False, len(asked))
+
+
 def test_a_model_that_already_forgot_is_left_alone():
     assert matching.match_strength(lambda s: 4 + s, target=3.995, start=1.0).strength == 0
     beyond = matching.match_strength(lambda s: 4 + s, target=3.0, start=1.0)

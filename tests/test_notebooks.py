@@ -159,6 +159,37 @@ def test_a_chapter_that_fails_fails_alone(tmp_path, capsys, monkeypatch):
     assert "Traceback" not in text
 
 
+def test_the_reason_of_a_failure_is_shown_wherever_the_title_is(tmp_path):
+    root = make_root(tmp_path, late=["1 / 0"], none=["1 / 0"])
+    source = nbformat.read(root / "notebooks" / "late.ipynb", as_version=4)
+    source.cells += map(
+        nbformat.v4.new_markdown_cell, ["Before the title.", "# A title\n\nThe prose.", "# Another"]
+    )
+    nbformat.write(source, root / "notebooks" / "late.ipynb")
+    late, none = (notebooks.failed_page(job, "too hot") for job in plan(root, "quick"))
+    assert [cell.source for cell in late.cells if "too hot" in cell.source] == [
+        "# A title" + notebooks.FAILED.format("too hot") + "\n\nThe prose."
+    ]
+    assert none.cells[0].source == "# none" + notebooks.FAILED.format("too hot")
+
+
+def test_a_notebook_named_twice_runs_once(tmp_path):
+    root = make_root(tmp_path, a=["1"])
+    assert [job.source.stem for job in plan(root, "quick", ["a", "a"])] == ["a"]
+
+
+def test_processes_that_end_while_they_are_stopped_are_no_obstacle(tmp_path, monkeypatch):
+    class Gone:
+        def kill(self):
+            raise psutil.NoSuchProcess(1)
+
+    children = psutil.Process.children
+    monkeypatch.setattr(psutil.Process, "children", lambda *a, **k: [Gone(), *children(*a, **k)])
+    monkeypatch.setitem(notebooks.LIMIT_SECONDS, "quick", 5.0)
+    root = make_root(tmp_path, slow=["import time\ntime.sleep(600)"])
+    assert "stopped after 0 minutes" in run_notebooks(root, "quick")["slow"]
+
+
 def test_a_notebook_that_hangs_is_stopped(tmp_path, monkeypatch):
     root = make_root(tmp_path, slow=["# waits\nimport time\ntime.sleep(600)"])
     monkeypatch.setitem(notebooks.LIMIT_SECONDS, "quick", 15.0)
@@ -207,7 +238,9 @@ def test_a_missing_chapter_is_an_error(tmp_path):
         plan(root, "quick")
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "terminated", "terminal closed"]
+)
 def test_interrupted_it_stops_the_kernel_and_keeps_nothing(tmp_path, sign):
     cell = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
     root = make_root(tmp_path, slow=[cell])
@@ -216,7 +249,7 @@ def test_interrupted_it_stops_the_kernel_and_keeps_nothing(tmp_path, sign):
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         # A shell starts background jobs with Ctrl-C ignored, and we may be in one: the build shall not be.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(sign, signal.SIG_DFL),
     )
     written = root / "notebooks" / "pid"
     deadline = time.monotonic() + 60

@@ -376,14 +376,26 @@ def test_positions_that_begin_later_leave_less_context():
     own_rehearsal.check_measuring(model, TWO[:, :18], "roberta")
 
 
-def test_damaged_weights_are_found_first(folder, tmp_path, monkeypatch):
-    model = load(folder / "opt" / "model")
-    model.model.decoder.final_layer_norm.weight.data[0] = float("nan")
+@pytest.mark.parametrize(
+    ("architecture", "name", "value", "message"),
+    [
+        ("opt", "model.decoder.final_layer_norm.weight", float("nan"), "copy are damaged: model.decoder.final_l"),
+        ("llama", "model.embed_tokens.weight", float("inf"), "copy are damaged: model.embed_tokens.weight has"),
+        ("opt", "model.decoder.final_layer_norm.weight", 3e38, "copy are not finite: its weights are damaged"),
+    ],
+)
+def test_damaged_weights_are_found_first(folder, tmp_path, monkeypatch, architecture, name, value, message):
+    model = load(folder / architecture / "model")
+    rows = model.get_parameter(name)
+    if "embed" in name:  # the row of a token that no text has
+        model.resize_token_embeddings(310, mean_resizing=False)
+        rows = model.get_parameter(name)[305:]
+    rows.data[0] = value
     copy = copy_of(folder, tmp_path)
     model.save_pretrained(copy)
     monkeypatch.setattr(own_model, "measure", must_not_be_measured)
     for changes in ({"model": str(copy)}, {"reference": str(copy)}):
-        with pytest.raises(FloatingPointError, match="copy are not finite: its weights are damaged"):
+        with pytest.raises(FloatingPointError, match=message):
             own_model.fulfil(make(folder, tmp_path / "out", **changes), CPU)
 
 

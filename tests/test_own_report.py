@@ -45,7 +45,7 @@ def evidence(**changes):
     return values | changes
 
 
-def report_of(after, reference="same", before=None, sequences=(400, 4000), **result):
+def report_of(after, reference="same", before=None, sequences=(400, 4000), method="kfac", **result):
     """A report without a fault, but for what is given."""
     before = evidence(forget_loss=2.0, membership_auc=0.9, **before or {})
     measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
@@ -53,7 +53,7 @@ def report_of(after, reference="same", before=None, sequences=(400, 4000), **res
         measured["reference"] = evidence(exposure_bits=[2.0])
     good = {"reached": True, "strength": 0.5, "target_loss": 3.0, "loss_before_rounding": 3.0, "dtype": "bfloat16"}
     good |= {"damping": 0.1, "validation_loss_by_damping": {0.01: 5.0, 0.1: 4.0, 1.0: 5.0}}
-    asked = {"sequences": dict(zip(("forget", "holdout"), sequences, strict=True))}
+    asked = {"sequences": dict(zip(("forget", "holdout"), sequences, strict=True)), "method": method}
     return {"request": asked, "measures": measured, "result": good | result}
 
 
@@ -65,6 +65,13 @@ def test_a_report_without_a_fault_has_no_warnings():
     ("report", "message"),
     [
         (report_of({}, reached=False), "was not reached"),
+        (report_of({}, strength=0.0), "nothing was changed: .* 2.00 nats, is at the target"),
+        (report_of({}, strength=0.0, method="fisher_forgetting"), "noise: .* 3.00 nats, is at the target"),
+        # Every strength that was tried made the loss infinite.
+        (
+            report_of({"forget_loss": 2.0}, strength=0.0, reached=False, loss_before_rounding=2.0),
+            "3.00 nats was not reached: the method ended at 2.00",
+        ),
         (report_of({"forget_loss": 3.1}), "in bfloat16 moved the forget loss from 3.00 to 3.10"),
         (report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
         (report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),

@@ -165,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="NOTEBOOK", help="run just these, and render nothing"
     )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started is stopped as on Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # so that what we started is stopped as on Ctrl-C
+        sign = getattr(signal, name, None)  # not every system has a terminal that hangs up
+        if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:  # which nohup asks for
+            signal.signal(sign, lambda number, _: sys.exit(128 + number))
     root = Path.cwd()
     try:
         if options.only:

@@ -52,14 +52,16 @@ def match_strength(
     if not start > 0 or not math.isfinite(target):
         raise ValueError(f"need a positive start and a finite target, not start={start}, target={target}")
     tried: dict[float, float] = {}
+    evaluations = 0
 
     def below(strength: float) -> bool:
-        loss = loss_at(strength)
-        tried[strength] = loss
-        return loss < target
+        nonlocal evaluations
+        evaluations += 1
+        tried[strength] = loss_at(strength)
+        return tried[strength] < target
 
-    def done() -> bool:
-        return len(tried) >= max_evaluations or any(abs(loss - target) <= tolerance for loss in tried.values())
+    def done() -> bool:  # where the loss jumps past the target, bisection comes to try the same number again
+        return evaluations >= max_evaluations or any(abs(loss - target) <= tolerance for loss in tried.values())
 
     low, high = 0.0, start
     if below(low):
@@ -78,7 +80,7 @@ def match_strength(
             else:
                 high = middle
     best = min(tried, key=lambda strength: (_distance(tried[strength], target), strength))
-    return Match(best, tried[best], _distance(tried[best], target) <= tolerance, len(tried))
+    return Match(best, tried[best], _distance(tried[best], target) <= tolerance, evaluations)
 
 
 def match_direction(

@@ -5,6 +5,7 @@ papermill wrote on the way, and what its process printed, stays in ``_build/<pro
 fails, or takes longer than any should, stops; the others run.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -119,7 +120,7 @@ def plan(root: Path, profile: str, only: Sequence[str] = ()) -> list[Job]:
     parameters = {"profile": profile, "results": f"../_build/{profile}/results"}
     shared = _shared_inputs(root)
     jobs = []
-    for source in (notebooks[name] for name in only or notebooks):
+    for source in (notebooks[name] for name in dict.fromkeys(only or notebooks)):
         _check_parameters(source, parameters)
         jobs.append(Job(source, build, parameters, json_hash([shared, parameters, file_hash(source)])))
     return jobs
@@ -288,10 +289,13 @@ def failed_page(job: Job, reason: str) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = GLUED.sub(lambda use: use[0] if use[1] in glued else "(not computed)", cell.source)
-    title = next(cell for cell in notebook.cells if cell.cell_type == "markdown")
-    title.source = re.sub(
-        r"^# .*$", lambda line: line[0] + FAILED.format(reason), title.source, count=1, flags=re.M
-    )
+    heading = re.compile(r"^# .*$", re.M)
+    prose = (cell for cell in notebook.cells if cell.cell_type == "markdown")
+    title = next((cell for cell in prose if heading.search(cell.source)), None)
+    if title is None:
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {job.source.stem}{FAILED.format(reason)}"))
+    else:
+        title.source = heading.sub(lambda line: line[0] + FAILED.format(reason), title.source, count=1)
     return notebook
 
 
@@ -317,7 +321,8 @@ def _stop(run: Run) -> None:
     if run.process.poll() is None:
         papermill_process = psutil.Process(run.process.pid)
         for process in [*papermill_process.children(recursive=True), papermill_process]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself meanwhile
+                process.kill()
         run.process.wait()
     run.log.close()
 

@@ -42,6 +42,12 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
 
 def check_measuring(model: PreTrainedModel, two: Tensor, source: str) -> None:
     """Measure and differentiate the model called ``source`` on two sequences [2, tokens]; raises as said above."""
+    damaged = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if damaged:  # a row for a token that no text has would be noticed at the very end only
+        raise FloatingPointError(
+            f"the weights of {source} are damaged: {damaged[0]} has values that are not finite. If those are of "
+            "tokens that are never used, set them to 0"
+        )
     # The probe of one step does all of it: it copies the model, trains the copy and measures that.
     failure = _failure(lambda: relearning_curve(model, two, 1, 0.0))
     if failure:

@@ -19,7 +19,15 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     before, after = report["measures"]["before"], report["measures"]["after"]
     reference, result = report["measures"].get("reference"), report["result"]
     found = []
-    if result["strength"] == 0:
+    reached_at_once = (
+        result["strength"] == 0 and result["loss_before_rounding"] >= result["target_loss"] - TOLERANCE
+    )
+    if reached_at_once and report["request"]["method"] == "fisher_forgetting":
+        found.append(
+            "nothing was done but to add noise: with it the loss on the texts to be forgotten, "
+            f"{result['loss_before_rounding']:.2f} nats, is at the target or above it already"
+        )
+    elif reached_at_once:
         found.append(
             "nothing was changed: the model's loss on the texts to be forgotten, "
             f"{before['forget_loss']:.2f} nats, is at the target or above it already"
