@@ -1,5 +1,6 @@
 """The notebooks as they are in the repository, and the runner on tiny notebooks made up here."""
 
+import io
 import os
 import re
 import signal
@@ -14,10 +15,13 @@ import psutil
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from myst_parser.config.main import MdParserConfig
+from myst_parser.mdit_to_docutils.sphinx_ import SphinxRenderer
+from myst_parser.parsers.mdit import create_md_parser
 from nbformat.v4 import new_code_cell, new_notebook
 
 from unlearnlib import notebooks
-from unlearnlib.build import main
+from unlearnlib.build import _say, main
 from unlearnlib.notebooks import is_done, listed_notebooks, plan, run_notebooks
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +177,15 @@ def test_the_reason_of_a_failure_is_shown_wherever_the_title_is(tmp_path):
     assert none.cells[0].source == "# none" + notebooks.FAILED.format("too hot")
 
 
+def test_a_reason_cannot_end_the_box_it_is_in(tmp_path):
+    [job] = plan(make_root(tmp_path, a=["1 / 0"]), "quick")
+    page = notebooks.failed_page(job, "too hot\n:::\n ~~~~\nby far").cells[0].source
+    tokens = create_md_parser(MdParserConfig(enable_extensions={"colon_fence"}), SphinxRenderer).parse(page)
+    [box] = [token for token in tokens if token.type == "colon_fence"]
+    assert "too hot\n    :::\n    ~~~~\nby far\n~~~~\n" in box.content
+    assert 'read "(not computed)"' in box.content
+
+
 def test_a_notebook_named_twice_runs_once(tmp_path):
     root = make_root(tmp_path, a=["1"])
     assert [job.source.stem for job in plan(root, "quick", ["a", "a"])] == ["a"]
@@ -210,6 +223,13 @@ def test_progress_names_the_cell(tmp_path, monkeypatch):
     said: list[str] = []
     run_notebooks(root, "quick", say=said.append)
     assert any(line.startswith("slow: at cell 2 (import time)") for line in said)
+
+
+def test_what_the_terminal_has_no_letters_for_is_said_all_the_same(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    _say("a: at cell 2 (# λ)")
+    assert terminal.buffer.getvalue() == b"a: at cell 2 (# \\u03bb)\n"
 
 
 def test_unknown_names_are_errors(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,10 @@ def gradients(model, sequences):
         ({"length": 64.5}, "length must be a whole number"),
         ({"reference": 2024}, "reference must be a name, not the number 2024: write it with ./"),
         ({"secrets": 4821}, "secrets must be a name, not the number"),
+        ({"secrets": None}, "secrets must be a list of texts"),
+        ({"secrets": ["0815", 4821]}, "secret 2 is no text: put it between quotation marks"),
+        ({"seed": 1.5}, "seed must be a whole number of at most 18 digits, not 1.5"),
+        ({"seed": 2**64}, "seed must be a whole number"),
     ],
 )
 def test_impossible_settings_are_errors(tmp_path, changes, message):
@@ -266,6 +271,11 @@ def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
         own_checks.prepare(request, CPU)
     with pytest.raises(ValueError, match="another vocabulary than the model"):
         own_checks.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
+    gap = json.loads((folder / "opt" / "model" / "tokenizer.json").read_text())
+    gap["model"]["vocab"] |= {token: 309 for token, i in gap["model"]["vocab"].items() if i == 299}
+    (Path(request.model) / "tokenizer.json").write_text(json.dumps(gap))  # 300 entries, of which one is number 309
+    with pytest.raises(ValueError, match="has 310 entries, the model's table 300 rows"):
+        own_checks.prepare(request, CPU)
     endless = AutoTokenizer.from_pretrained(folder / "opt" / "model")
     endless.eos_token = None
     endless.save_pretrained(request.model)

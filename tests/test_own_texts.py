@@ -32,6 +32,7 @@ def test_plain_texts_are_parted_by_blank_lines(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', "line 2 of a.jsonl is no JSON object"),
         ("a.jsonl", b'{"text": "one"}\n\n{"txt": "two"}\n', "line 3 of a.jsonl is no JSON object"),
         ("a.jsonl", b'["one"]\n', "line 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is no JSON object"),
         ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl is no JSON object"),
         ("a.jsonl", b'{"text": "one"}\n{"text": " \\n"}\n', "text in line 2 of a.jsonl is empty"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "text in line 1 of a.jsonl has half a character"),

@@ -154,7 +154,8 @@ def _run_jupyter_book(staged: Path, site: Path, log: Path, strict: bool) -> None
 
 
 def _say(message: str) -> None:
-    print(message, flush=True)
+    encoding = sys.stdout.encoding or "utf-8"  # an old terminal has not the letters of every comment
+    print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

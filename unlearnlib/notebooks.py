@@ -289,13 +289,15 @@ def failed_page(job: Job, reason: str) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = GLUED.sub(lambda use: use[0] if use[1] in glued else "(not computed)", cell.source)
+    # Indented by four, what looks like the end of the box or of the block within does not end it.
+    note = FAILED.format(re.sub(r"^ {0,3}(?=:::|~~~)", "    ", reason, flags=re.M))
     heading = re.compile(r"^# .*$", re.M)
     prose = (cell for cell in notebook.cells if cell.cell_type == "markdown")
     title = next((cell for cell in prose if heading.search(cell.source)), None)
     if title is None:
-        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {job.source.stem}{FAILED.format(reason)}"))
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {job.source.stem}{note}"))
     else:
-        title.source = heading.sub(lambda line: line[0] + FAILED.format(reason), title.source, count=1)
+        title.source = heading.sub(lambda line: line[0] + note, title.source, count=1)
     return notebook
 
 

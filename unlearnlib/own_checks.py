@@ -113,15 +113,16 @@ def _adapted(source: str | Path) -> ValueError:
 
 def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check outlines of the model and of the reference against the request. Raises ValueError."""
-    if len(tokenizer) > _rows(model):
+    entries = _entries(tokenizer)
+    if entries > _rows(model):
         raise ValueError(
-            f"the tokenizer of {request.model} has {len(tokenizer)} entries, the model's table {_rows(model)} "
+            f"the tokenizer of {request.model} has {entries} entries, the model's table {_rows(model)} "
             "rows: they do not belong together"
         )
     outlines = {"model": model}
     if request.reference is not None:
         other, outlines["reference"] = load_tokenizer(request.reference), outline(request.reference)
-        if other.get_vocab() != tokenizer.get_vocab() or len(tokenizer) > _rows(outlines["reference"]):
+        if other.get_vocab() != tokenizer.get_vocab() or entries > _rows(outlines["reference"]):
             raise ValueError(
                 f"the reference {request.reference} has another vocabulary than the model: they cannot be compared"
             )
@@ -188,6 +189,11 @@ def check_room(request: Request, model: PreTrainedModel, needed: int, device: to
         raise OSError(
             f"the output needs {size / 2**30:.1f} GiB of disk and {place} has {disk / 2**30:.1f} GiB free"
         )
+
+
+def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows a table needs for the tokenizer's numbers, of which some may be left out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _rows(model: PreTrainedModel) -> int:

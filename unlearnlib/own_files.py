@@ -93,7 +93,7 @@ def _refuse_other_formats(content: str, name: str) -> None:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -101,7 +101,7 @@ def _is_json(text: str) -> bool:
 def _json_text(line: str, number: int, name: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise ValueError(f'line {number} of {name} is no JSON object with a string "text": one object a line')

@@ -77,6 +77,13 @@ class Request:
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
         if not isinstance(self.length, int) or self.length < 2:
             raise ValueError(f"length must be a whole number of tokens, 2 or more, not {self.length!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or abs(self.seed) >= 2**63:
+            raise ValueError(f"seed must be a whole number of at most 18 digits, not {self.seed!r}")
+        if not isinstance(self.secrets, str | Sequence):
+            raise ValueError("secrets must be a list of texts, or a file of one a line")
+        for i, secret in enumerate(() if isinstance(self.secrets, str) else self.secrets, 1):
+            if not isinstance(secret, str):  # a number loses its zeros
+                raise ValueError(f"secret {i} is no text: put it between quotation marks")
         self.check_output()
 
     @property
