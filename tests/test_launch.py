@@ -2,40 +2,35 @@
 
 import builtins
 import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
 from test_notebooks import CHAPTERS
 
 FIRST = nbformat.read(CHAPTERS[0], as_version=4).cells[0]
 
 
-class Shell:
-    """Notes what a cell would run."""
+def run_first_cell(monkeypatch, tmp_path, installed, address=""):
+    """What it runs, with the folder that it clones into made by hand."""
+    ran = []
 
-    def __init__(self):
-        self.ran = []
+    def run(command, check):
+        assert check
+        ran.append([str(word).replace(str(tmp_path), "TMP") for word in command])
+        if "clone" in command:
+            (Path(command[-1]) / "notebooks").mkdir(parents=True)
 
-    def system(self, command):
-        self.ran.append(command)
-
-    def run_line_magic(self, name, line):
-        self.ran.append(f"%{name} {line}")
-
-    def var_expand(self, text):
-        return text
-
-
-def run_first_cell(monkeypatch, installed, address=""):
-    shell = Shell()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(builtins, "input", lambda prompt: address)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    namespace = {"get_ipython": lambda: shell}
-    exec(TransformerManager().transform_cell(FIRST.source), namespace)
-    return [command.format(**namespace) for command in shell.ran]
+    monkeypatch.chdir(tmp_path)
+    exec(FIRST.source, {})
+    return ran
 
 
 def test_every_notebook_begins_with_it_and_pages_do_not_show_it():
@@ -44,26 +39,39 @@ def test_every_notebook_begins_with_it_and_pages_do_not_show_it():
         assert (first.source, first.metadata.tags) == (FIRST.source, ["remove-cell"]), path.name
 
 
-def test_where_the_library_is_there_nothing_is_done(monkeypatch):
-    assert run_first_cell(monkeypatch, installed=True) == []
+def test_where_the_library_is_there_nothing_is_done(monkeypatch, tmp_path):
+    assert run_first_cell(monkeypatch, tmp_path, installed=True) == []
 
 
 @pytest.mark.parametrize(
     "address",
     [
         "https://colab.research.google.com/github/somebody/the-book/blob/main/notebooks/02_gradient_ascent.ipynb",
-        "https://github.com/somebody/the-book",
+        " https://github.com/somebody/the-book?tab=readme-ov-file#readme\n",
+        "github.com/somebody/the-book/tree/main/notebooks",
     ],
 )
-def test_elsewhere_the_repository_of_the_page_is_fetched_and_its_packages_installed(monkeypatch, address):
-    assert run_first_cell(monkeypatch, installed=False, address=address) == [
-        "git clone --quiet --depth 1 https://github.com/somebody/the-book /tmp/the-book",
-        "%pip install --quiet --requirement /tmp/the-book/requirements.txt",
-        "%cd -q /tmp/the-book/notebooks",
+def test_elsewhere_the_repository_of_the_page_is_fetched_and_its_packages_installed(
+    monkeypatch, tmp_path, address
+):
+    assert run_first_cell(monkeypatch, tmp_path, installed=False, address=address) == [
+        ["git", "clone", "--quiet", "--depth", "1", "https://github.com/somebody/the-book", "TMP/book"],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--requirement", "TMP/book/requirements.txt"],
     ]
+    assert Path.cwd() == tmp_path / "book" / "notebooks"
+    assert sys.path[0] == str(tmp_path / "book")
 
 
-@pytest.mark.parametrize("address", ["", "https://example.org/book", "https://github.com/somebody"])
-def test_an_address_that_names_no_repository_is_refused(monkeypatch, address):
-    with pytest.raises(ValueError, match="does not say which repository"):
-        run_first_cell(monkeypatch, installed=False, address=address)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "https://github.com/somebody",
+        "https://somebody.github.io/the-book/notebooks/02_gradient_ascent.html",
+        "https://gist.github.com/somebody/1234",
+        "https://example.org/github.com/somebody/the-book",
+    ],
+)
+def test_an_address_that_names_no_repository_is_refused(monkeypatch, tmp_path, address):
+    with pytest.raises(ValueError, match="is no address on GitHub"):
+        run_first_cell(monkeypatch, tmp_path, installed=False, address=address)
