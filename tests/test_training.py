@@ -135,6 +135,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     resumed_losses = training.train(resumed, sequences, SHORT, seed=3, checkpoint=checkpoint)
     assert same_weights(whole, resumed)
     assert resumed_losses == losses
+
+
+def test_the_checkpoint_goes_once_the_model_is_safe(run, monkeypatch):
+    """A disk that is full when the model is written must not cost the training."""
+    checkpoint, inner = run.folder.with_suffix(".checkpoint.safetensors"), training.train
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *arguments: inner(*arguments, checkpoint_seconds=0))
+        patch.setattr(training, "store", full)
+        with pytest.raises(OSError, match="No space left"):
+            training.train_missing([run])
+    assert checkpoint.exists()
+    steps = []
+    handle = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    training.train_missing([run])
+    handle.remove()
+    assert steps == []
+    assert run.folder.exists()
     assert not checkpoint.exists()
 
 

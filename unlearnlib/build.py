@@ -1,19 +1,20 @@
 """Make the book: run its notebooks, then render them and the prose (``python -m unlearnlib.build``)."""
 
 import argparse
+import contextlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from unlearnlib.cache import atomic_file, file_hash, json_hash, lock
+from unlearnlib.cache import Busy, atomic_file, file_hash, json_hash, lock
 from unlearnlib.notebooks import MEMORY, Job, failed_page, plan, run_notebooks
 from unlearnlib.results import REFERENCE_PROFILE, disagreements
 
@@ -29,7 +30,7 @@ def make_book(root: Path, profile: str) -> Path:
     says so, or where results are not those of the reference. Raises ValueError for an unknown profile or a
     notebook without the runner's parameters.
     """
-    with lock(root / "_build" / "book"):
+    with _alone(root):
         failures = run_notebooks(root, profile, say=_say)
         try:
             index = render(root, profile, failures)
@@ -44,6 +45,21 @@ def make_book(root: Path, profile: str) -> Path:
         rows = ["these results do not agree with those in book/results:", *found]
         raise BuildError("\n".join([*rows, f"If that is meant, replace the files. The book is at {index}"]))
     return index
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold the lock of the build folder, or wait for whoever holds it, and say so."""
+    building = lock(root / "_build" / "book")
+    try:
+        building.acquire(timeout=0)
+    except Busy:
+        _say("another build is at work in this folder: waiting for it")
+        building.acquire()
+    try:
+        yield
+    finally:
+        building.release()
 
 
 def execute(root: Path, profile: str, only: Sequence[str]) -> None:
@@ -173,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = Path.cwd()
     try:
         if options.only:
-            with lock(root / "_build" / "book"):
+            with _alone(root):
                 execute(root, options.profile, options.only)
         else:
             _say(f"The book is at {make_book(root, options.profile)}")

@@ -95,7 +95,7 @@ def load_model(
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
-    """Set to 0 with what probability the modules of ``model`` drop units, weights or layers.
+    """Set to 0 with what probability the modules of ``model`` drop units, weights or layers, or how they jitter.
 
     They hold it in a layer or in an attribute that is named after it, or read it off their configuration when
     they run; that is why they get one of their own. ``model.config``, which is saved with the model, stays.
@@ -115,7 +115,7 @@ def switch_off_dropout(model: PreTrainedModel) -> None:
 
 def _drop_nothing(holder: object) -> None:
     for name, value in list(vars(holder).items()):
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+        if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(holder, name, 0.0)
 
 

@@ -90,7 +90,7 @@ def train(
 
     The order of the batches depends on ``seed`` and the epoch alone. With a ``checkpoint`` path the state is
     written there every ``checkpoint_seconds``, and a run that finds one resumes from it: an interrupted and an
-    uninterrupted run end in the same weights, bit for bit.
+    uninterrupted run end in the same weights, bit for bit. The file is left to be removed once the model is safe.
 
     Raises ValueError if there are no sequences or they are too long for the model, FloatingPointError if the
     loss stops being finite.
@@ -133,8 +133,6 @@ def train(
                 saved = time.monotonic()
     model.eval()
     model.activation_checkpointing_disable()
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
     return losses
 
 
@@ -174,6 +172,7 @@ def _train_into_cache(run: Run) -> None:
     started = clock()
     losses = train(model, run.sequences, run.training, run.seed, checkpoint)
     store(model, run.folder, {"losses": losses, "seconds": clock() - started, "run": run.description})
+    checkpoint.unlink(missing_ok=True)  # only now: on a full disk nothing that was learnt is lost
 
 
 # What a trained model depends on: a change to any of these trains every model again.
