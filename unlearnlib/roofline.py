@@ -109,7 +109,8 @@ class Shape:
 def lower_triangle(m: int, strip: int) -> int:
     """Multiplications for each column of G in the lower triangle of GGᵀ [m, m], made in strips of so many columns.
 
-    The squares on the diagonal are made whole, so it is m (m + strip) / 2 where ``strip`` divides m.
+    The squares on the diagonal are made whole, so it is m (m + strip) / 2 where ``strip`` divides m, and m² up to
+    m = ``strip``.
     """
     return sum((m - i) * min(strip, m - i) for i in range(0, m, strip))
 
