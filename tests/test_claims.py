@@ -337,7 +337,7 @@ def test_c6_lower_than_before_and_than_ascent_and_own_within_a_bit(bits, sourced
         row = at(tests, claim=claim, method="fisher_recursion", against=against)
         np.testing.assert_allclose(row["mean"], np.mean(bits) - level, atol=1e-12)
         assert (row["unit"], row["decides"]) == ("bits", True)
-    assert set(tests.loc[tests["claim"] == "C6 own", "note"]) == {"before: +6.0 bits"}
+    assert set(tests.loc[tests["claim"] == "C6 own", "note"]) == {"before unlearning the excess was +6.0 bits"}
 
 
 def test_c6_is_about_the_papers_opponent_and_shows_the_others():

@@ -36,6 +36,13 @@ def test_every_entry_is_cited_and_every_citation_has_an_entry():
     assert sorted(cited() - set(ENTRIES)) == []
 
 
+def test_no_work_has_two_entries():
+    text = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    titles = re.findall(r"^  title = (.+),$", re.sub(r"[{}]", "", text).casefold(), re.MULTILINE)
+    assert len(titles) == len(ENTRIES)
+    assert len(titles) == len(set(titles))
+
+
 @pytest.mark.parametrize("name", data.CORPORA)
 def test_every_corpus_has_its_licence_on_the_page_on_data(name):
     line = row_of(name)

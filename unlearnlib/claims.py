@@ -162,7 +162,7 @@ def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
     missed = _wide(table[repeats == 0], "reached", methods) < 1
     labels = {"exhibit": "case_secrets", "unit": "bits"}
     labels |= {"corpus": _names(table, "corpus"), "model": _names(table, "model")}
-    before = f"before: {(exposure['original'] - exposure['retrained']).mean():+.1f} bits"
+    before = f"before unlearning the excess was {(exposure['original'] - exposure['retrained']).mean():+.1f} bits"
 
     def test(claim: str, method: str, against: str, rule: Rule, decides: bool, note: str = "") -> dict:
         """A method that stopped short, or went too far, is more or less exposed for it: then nothing follows."""
