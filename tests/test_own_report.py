@@ -78,7 +78,7 @@ def test_a_report_without_a_fault_has_no_warnings():
         (report_of({}, reference=None), "no retrained reference"),
         (report_of({"holdout_loss": None}), "no holdout file"),
         (report_of({"retain_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
-        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, more than in the reference"),
+        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, 0.30 more than in the reference"),
         (report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
         (report_of({"membership_auc": 0.55}), "attack by loss still finds the texts: AUC 0.55 and not 0.50"),
         (report_of({"membership_auc_min_k": 0.4}), "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50"),
@@ -92,3 +92,10 @@ def test_a_report_without_a_fault_has_no_warnings():
 def test_each_fault_has_its_warning(report, message):
     [warning] = own_warnings.warnings_of(report)
     assert re.search(message, warning)
+
+
+def test_the_fall_when_relearning_is_told_from_what_exceeds_the_references():
+    report = report_of({"relearned_fall": 0.5})
+    report["measures"]["reference"]["relearned_fall"] = 0.2
+    [warning] = own_warnings.warnings_of(report)
+    assert "falls by 0.50 nats, 0.30 more than in the reference: part of the texts may be hidden" in warning

@@ -66,14 +66,14 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     if number > 1 and None in falls:
         found.append("the relearning probe diverged and says nothing: take a smaller learning_rate")
     if None not in falls:
-        amount = falls[0] - sum(falls[1:])
+        excess = falls[0] - sum(falls[1:])
         meaning = "without a reference it cannot be said how much of that was hidden and not erased"
         if reference:
-            meaning = "more than in the reference: part of the texts was hidden and not erased"
-        if amount > NOTICEABLE:
+            meaning = f"{excess:.2f} more than in the reference: part of the texts may be hidden and not erased"
+        if excess > NOTICEABLE:
             found.append(
                 "after training on half of the texts the loss on the other half falls by "
-                f"{amount:.2f} nats, {meaning}"
+                f"{falls[0]:.2f} nats, {meaning}"
             )
     for i, bits in enumerate(after["exposure_bits"], 1):
         was, never = before["exposure_bits"][i - 1], reference and reference["exposure_bits"][i - 1]
