@@ -27,8 +27,6 @@ book: $(ENVIRONMENT)
 test: export OMP_NUM_THREADS = 1
 test: export PYTHONHASHSEED = 0
 test: export TOKENIZERS_PARALLELISM = false
-test: export MALLOC_MMAP_THRESHOLD_ = 33554432
-test: export MALLOC_TRIM_THRESHOLD_ = 536870912
 test: $(ENVIRONMENT)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .

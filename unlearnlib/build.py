@@ -32,14 +32,13 @@ def make_book(root: Path, profile: str) -> Path:
     """
     with _alone(root):
         failures = run_notebooks(root, profile, say=_say)
+        failed = f"{_failed(root, profile, failures)}\n" if failures else ""
         try:
             index = render(root, profile, failures)
         except BuildError as error:
-            raise BuildError(
-                "\n".join([*([_failed(root, profile, failures)] if failures else []), str(error)])
-            ) from None
-    if failures:
-        raise BuildError(f"{_failed(root, profile, failures)}\nThe other chapters are at {index}")
+            raise BuildError(f"{failed}{error}") from None
+    if failed:
+        raise BuildError(f"{failed}The other chapters are at {index}")
     found = disagreements(root / "_build" / profile / "results") if profile == REFERENCE_PROFILE else []
     if found:
         rows = ["these results do not agree with those in book/results:", *found]
