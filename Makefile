@@ -20,7 +20,7 @@ help:
 	@echo 'PYTHON=python3.12         the interpreter to use, 3.11 or later (the default: python3)'
 
 book: $(ENVIRONMENT)
-	@$(RUN) unlearnlib.build --profile '$(PROFILE)'
+	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)'
 
 # One thread per process: the tests run two at a time, and sums over more threads differ in their last digits.
 # The tests run every notebook through papermill; nbval runs the first as Jupyter would, with its own defaults.

@@ -15,6 +15,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def book_site() -> Path:
     """The folder of the rendered book at profile quick, the same that ``make book`` makes."""
-    from unlearnlib.build import make_book
+    from unlearnlib.book.build import make_book
 
     return make_book(ROOT, "quick").parent

@@ -2,11 +2,11 @@
 
 import torch
 
-from unlearnlib import models
+from unlearnlib.models import loading
 
 VOCABULARY, LENGTH = 40, 12
 ARCHITECTURES = {
-    "opt": models.small_opt(VOCABULARY, hidden_size=16, layers=2, heads=2, context=32),
+    "opt": loading.small_opt(VOCABULARY, hidden_size=16, layers=2, heads=2, context=32),
     "llama": {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
@@ -32,7 +32,7 @@ TINY = ARCHITECTURES["opt"]
 
 
 def tiny_model(architecture="opt", seed=0, dtype=torch.float64, device="cpu"):
-    return models.load_model(ARCHITECTURES[architecture], seed=seed, dtype=dtype, device=device)
+    return loading.load_model(ARCHITECTURES[architecture], seed=seed, dtype=dtype, device=device)
 
 
 def random_sequences(number, length=LENGTH, seed=0):

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from unlearnlib import build
-from unlearnlib.build import repository, with_repository
+from unlearnlib.book import build
+from unlearnlib.book.build import repository, with_repository
 
 
 @pytest.mark.parametrize("profile", ["cpu", "quick"])

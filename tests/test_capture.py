@@ -5,15 +5,15 @@ import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
-from unlearnlib import capture, measures, weights
+from unlearnlib import weights
+from unlearnlib.curvature import capture
+from unlearnlib.losses import mean_loss, sequence_losses
 
 
 def by_autograd(model, sequences):
     """Gradient of every sequence's loss, name to [n, *shape]."""
     live = weights.parameters(model)
-    rows = [
-        torch.autograd.grad(measures.sequence_losses(model, s[None]).sum(), list(live.values())) for s in sequences
-    ]
+    rows = [torch.autograd.grad(sequence_losses(model, s[None]).sum(), list(live.values())) for s in sequences]
     return {name: torch.stack(parts) for name, parts in zip(live, zip(*rows, strict=True), strict=True)}
 
 
@@ -25,7 +25,7 @@ def by_capture(model, sequences):
             found[name] = found[name] + part if name in found else part
 
     with capture.capture(model, capture.find_layers(model), receive):
-        measures.sequence_losses(model, sequences).sum().backward()
+        sequence_losses(model, sequences).sum().backward()
     return found
 
 
@@ -71,8 +71,8 @@ def test_afterwards_all_is_as_before():
     assert [p.requires_grad for p in model.parameters()] == before
     received = []
     with capture.capture(model, capture.find_layers(model), lambda *got: received.append(got)):
-        measures.mean_loss(model, sequences)
-    measures.sequence_losses(model, sequences).sum().backward()
+        mean_loss(model, sequences)
+    sequence_losses(model, sequences).sum().backward()
     assert received == []  # neither an evaluation nor a pass outside the block
 
 
@@ -117,7 +117,7 @@ def test_layers_that_do_more_than_they_seem_to_are_named(kind):
         pytest.raises(NotImplementedError, match=f"is not the plain {kind} layer"),
         capture.capture(model, capture.find_layers(model), lambda *_: None),
     ):
-        measures.sequence_losses(model, sequences)
+        sequence_losses(model, sequences)
 
 
 def test_a_layer_used_twice_is_named():
@@ -128,4 +128,4 @@ def test_a_layer_used_twice_is_named():
         pytest.raises(NotImplementedError, match=r"'model\.decoder\.layers\.0\.fc1' .* is used twice"),
         capture.capture(model, capture.find_layers(model), lambda *_: None),
     ):
-        measures.sequence_losses(model, sequences)
+        sequence_losses(model, sequences)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unlearnlib import claims, results, verdicts
-from unlearnlib.results import bootstrap_interval, write_results
-from unlearnlib.verdicts import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from unlearnlib.verdicts import claims, results, rules
+from unlearnlib.verdicts.results import bootstrap_interval, write_results
+from unlearnlib.verdicts.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
 SEEDS = range(5)
 WIGGLE = np.array([0.00, 0.02, -0.01, 0.03, -0.02])  # differs by seed, by less than the effects below
@@ -49,7 +49,7 @@ ONE = ("reuters",)
 
 def outcome(tests):
     """The verdict on the one claim of a table of tests."""
-    [found] = verdicts.conclude(tests)
+    [found] = rules.conclude(tests)
     return found
 
 
@@ -310,7 +310,7 @@ def exposures(recursion, kfac=3.0, ascent=6.0, reached=None):
 
 def both(tests):
     """The verdicts on the sourced claim and on the book's own question."""
-    return tuple(verdicts.conclude(tests))
+    return tuple(rules.conclude(tests))
 
 
 @pytest.mark.parametrize(
@@ -429,8 +429,8 @@ def test_c7_needs_one_corpus_and_the_own_question_all():
     assert both(claims.c7(pd.concat([open_, bad]))) == (INCONCLUSIVE, NOT_REPRODUCED)
     assert both(claims.c7(bad)) == (NOT_REPRODUCED, NOT_REPRODUCED)
     clearest = claims.c7(pd.concat([bad, good]))
-    assert verdicts.weakest(clearest[clearest["claim"] == "C7"])["corpus"] == "reuters"
-    assert verdicts.weakest(clearest[clearest["claim"] == "C7 own"])["corpus"] == "tales"
+    assert rules.weakest(clearest[clearest["claim"] == "C7"])["corpus"] == "reuters"
+    assert rules.weakest(clearest[clearest["claim"] == "C7 own"])["corpus"] == "tales"
 
 
 def test_c7_names_what_is_missing():
@@ -451,7 +451,7 @@ EVERY_CLAIM = ["C1", "C2", "C3", "C4", "C5", "C6", "C6 own", "C7", "C7 own"]
 
 def test_folder_of_results(tmp_path):
     tests = claims.all_tests(tmp_path)
-    assert dict(verdicts.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, NOT_RUN)
+    assert dict(rules.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, NOT_RUN)
     assert set(tests["verdict"]) == {NOT_RUN}
     whole = matched(WINS, corpora=("posts",), repeats=0)
     single = exposures(2.5 + WIGGLE).query("repeats > 0")
@@ -466,11 +466,11 @@ def test_folder_of_results(tmp_path):
     for exhibit, table in tables.items():
         write_results(table, tmp_path, exhibit)
     tests = claims.all_tests(tmp_path)
-    assert dict(verdicts.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, REPRODUCED)
-    assert dict(verdicts.conclude(tests, "t_verdict"))["C1"] == REPRODUCED
+    assert dict(rules.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, REPRODUCED)
+    assert dict(rules.conclude(tests, "t_verdict"))["C1"] == REPRODUCED
     assert set(tests["exhibit"]) == {*tables, "real_model"}
     write_results(private((0.0, 0.2), (1.0, WIGGLE)), tmp_path, "dp_sgd")
-    assert verdicts.conclude(claims.all_tests(tmp_path))["C7"] == NOT_REPRODUCED
+    assert rules.conclude(claims.all_tests(tmp_path))["C7"] == NOT_REPRODUCED
 
 
 def test_bootstrap_and_t_may_disagree():
@@ -478,21 +478,21 @@ def test_bootstrap_and_t_may_disagree():
     table = matched(WINS | {"fisher_recursion": 4.3 + effect, "npo": 4.3, "gradient_ascent": 4.3})
     tests = claims.c1(table, ONE)
     assert outcome(tests) == REPRODUCED
-    assert verdicts.conclude(tests, "t_verdict")["C1"] == INCONCLUSIVE
+    assert rules.conclude(tests, "t_verdict")["C1"] == INCONCLUSIVE
 
 
 def test_weakest_test_is_the_one_that_reaches_furthest_towards_failing():
     wide = claims.c1(matched(WINS | {"npo": 4.35 - 8 * WIGGLE}), ONE)  # the better mean, and the wider interval
     means = wide[wide["decides"]].set_index("against")["mean"]
     assert means["npo"] < means["gradient_difference"]
-    assert verdicts.weakest(wide)["against"] == "npo"
-    weak = verdicts.weakest(claims.c1(matched(WINS), ONE))
+    assert rules.weakest(wide)["against"] == "npo"
+    weak = rules.weakest(claims.c1(matched(WINS), ONE))
     assert (weak["method"], weak["against"]) == ("fisher_recursion", "gradient_difference")
-    weak = verdicts.weakest(claims.c6(exposures(1.2, kfac=9.0)).query("claim == 'C6'"))
+    weak = rules.weakest(claims.c6(exposures(1.2, kfac=9.0)).query("claim == 'C6'"))
     assert (weak["method"], weak["against"]) == ("fisher_recursion", "gradient_ascent")
     prices = claims.c7(private((0.0, 0.2), (0.5, 0.8)))
-    assert verdicts.weakest(prices[prices["claim"] == "C7 own"])["method"] == "dp_sgd:1"
-    assert verdicts.weakest(claims.c1(None))["verdict"] == NOT_RUN
+    assert rules.weakest(prices[prices["claim"] == "C7 own"])["method"] == "dp_sgd:1"
+    assert rules.weakest(claims.c1(None))["verdict"] == NOT_RUN
 
 
 def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
@@ -501,5 +501,5 @@ def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
         assert list(table.columns[: len(results.COLUMNS)]) == results.COLUMNS, path.name
         assert set(table["exhibit"]) == {path.stem}
         assert not table.duplicated([name for name in table.columns if name != "value"]).any(), path.name
-    found = verdicts.conclude(claims.all_tests(results.REFERENCE))
+    found = rules.conclude(claims.all_tests(results.REFERENCE))
     assert list(found.index) == EVERY_CLAIM

@@ -6,8 +6,8 @@ import torch
 from scipy import integrate, stats
 from sklearn.linear_model import LogisticRegression
 
-from unlearnlib import convex
-from unlearnlib.convex import Problem
+from unlearnlib.curvature import convex
+from unlearnlib.curvature.convex import Problem
 
 
 def random_problem(seed=0, n=60, d=5, damping=0.02, tilt=0.0):

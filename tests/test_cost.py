@@ -8,7 +8,8 @@ from helpers import random_sequences, tiny_model
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from unlearnlib import cost, measures
+from unlearnlib import cost
+from unlearnlib.losses import sequence_losses
 
 
 def peak(function):
@@ -101,7 +102,7 @@ def test_an_error_of_the_function_comes_through_and_leaves_no_trace():
 def test_a_plain_pass_is_one_forward_and_one_backward_pass():
     model, sequences = tiny_model(), random_sequences(6)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        measures.sequence_losses(model, sequences)
+        sequence_losses(model, sequences)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         cost.plain_pass(model, sequences, batch_size=4)

@@ -15,7 +15,7 @@ import zipfile
 import datasets
 import pytest
 
-from unlearnlib import data, wheels
+from unlearnlib.texts import corpora, wheels
 
 OFFLINE = ["tales", "socialiqa", "maths", "reuters"]
 COLUMNS = {
@@ -34,8 +34,8 @@ COLUMNS = {
 
 
 @pytest.fixture(scope="module")
-def corpora():
-    return {name: data.load_corpus(name) for name in OFFLINE}
+def loaded():
+    return {name: corpora.load_corpus(name) for name in OFFLINE}
 
 
 def member(wheel, name):
@@ -55,13 +55,13 @@ def words(text):
 
 
 def test_tables_of_names_agree():
-    assert list(data.CORPORA) == list(data.ABOUT) == [*OFFLINE, *data.HUB]
-    assert sorted(COLUMNS) == sorted(data.CORPORA)
+    assert list(corpora.CORPORA) == list(corpora.ABOUT) == [*OFFLINE, *corpora.HUB]
+    assert sorted(COLUMNS) == sorted(corpora.CORPORA)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_every_corpus_is_clean(corpora, name):
-    corpus = corpora[name]
+def test_every_corpus_is_clean(loaded, name):
+    corpus = loaded[name]
     assert corpus.column_names == COLUMNS[name]
     assert len(set(corpus["id"])) == len(corpus)
     assert len(set(corpus["text"])) == len(corpus)
@@ -71,32 +71,32 @@ def test_every_corpus_is_clean(corpora, name):
     assert f"{len(corpus)} of " in corpus.info.description
 
 
-def test_same_in_another_process_and_silent(corpora):
-    code = "from unlearnlib.data import load_corpus\nimport sys\n"
+def test_same_in_another_process_and_silent(loaded):
+    code = "from unlearnlib.texts.loaded import load_corpus\nimport sys\n"
     code += "out = [load_corpus(name)._fingerprint for name in sys.argv[1:]]\nprint(*out)"
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-W", "error", "-c", code, *OFFLINE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [corpora[name]._fingerprint for name in OFFLINE]
+    assert done.stdout.split() == [loaded[name]._fingerprint for name in OFFLINE]
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_second_call_is_identical(corpora, name):
-    assert data.load_corpus(name).to_dict() == corpora[name].to_dict()
+def test_second_call_is_identical(loaded, name):
+    assert corpora.load_corpus(name).to_dict() == loaded[name].to_dict()
 
 
-def test_tales(corpora):
+def test_tales(loaded):
     expected = {f"grimm/{row[1]}": row[3] for row in tab_rows("grimm-tales")}
     expected |= {f"andersen/{row[0]}": row[1] for row in tab_rows("andersen")}
     assert len(expected) == 57
     assert {"grimm/Cinderella", "andersen/The Ugly Duckling"} <= set(expected)
-    got = dict(zip(corpora["tales"]["id"], corpora["tales"]["text"], strict=True))
+    got = dict(zip(loaded["tales"]["id"], loaded["tales"]["text"], strict=True))
     assert {id: words(text) for id, text in got.items()} == {id: words(text) for id, text in expected.items()}
     assert sum(len(words(text)) for text in got.values()) == 87_360
 
 
-def test_reuters(corpora):
+def test_reuters(loaded):
     rows = tab_rows("reuters-r8-train")
     assert len(rows) == 5_485
     stripped = []
@@ -105,7 +105,7 @@ def test_reuters(corpora):
         while tokens[-1] in ("reuter", "reute"):
             tokens.pop()
         stripped.append(" ".join(tokens))
-    corpus = corpora["reuters"]
+    corpus = loaded["reuters"]
     assert len(corpus) == len(set(stripped)) == 5_423
     for row in corpus:
         i = int(row["id"].removeprefix("reuters/"))
@@ -125,13 +125,13 @@ def social_by_hand(line):
     return " ".join(question.split()), options, options["ABC".index(record["ideal"])]
 
 
-def test_socialiqa(corpora):
+def test_socialiqa(loaded):
     lines = member(wheels.EVALS, "evals/registry/data/theory_of_mind/socialiqa/test.jsonl").strip().split("\n")
     source = [social_by_hand(line) for line in lines]
     assert len(source) == 2_224
     distinct = [item for item in source if len({option.lower() for option in item[1]}) == 3]
     unique = {(question, answer) for question, _, answer in distinct}
-    corpus = corpora["socialiqa"]
+    corpus = loaded["socialiqa"]
     assert len(corpus) == len(unique) == 2_197
     for row in corpus:
         assert (row["question"], row["options"], row["answer"]) == source[int(row["id"].split("/")[1])]
@@ -149,11 +149,11 @@ def test_socialiqa(corpora):
     ],
 )
 def test_malformed_social_question_gets_no_text(content, ideal):
-    assert data._social_question({"input": [{"content": content}], "ideal": ideal})["text"] == ""
+    assert corpora._social_question({"input": [{"content": content}], "ideal": ideal})["text"] == ""
 
 
-def test_maths_answers_agree_with_their_working(corpora):
-    corpus = corpora["maths"]
+def test_maths_answers_agree_with_their_working(loaded):
+    corpus = loaded["maths"]
     assert len(corpus) == len(set(corpus["question"])) == 2_000
     for row in corpus:
         working, total = row["text"].split("\n#### ")
@@ -164,14 +164,14 @@ def test_maths_answers_agree_with_their_working(corpora):
         assert not re.search(r"\d\.\d{4}", row["text"])
 
 
-def test_maths_equations_in_the_working_hold(corpora):
+def test_maths_equations_in_the_working_hold(loaded):
     number = r"(\d+(?:\.\d+)?)"
     sign = "[*x×+/÷-]"
     equation = re.compile(rf"(?<![\d.]){number} ?({sign}) ?{number} ?= ?{number}(?! ?{sign}|[\d.]*[%\d])")
     longer = re.compile(rf"([\d.)%]|{sign})\s*$")  # the match is the end of a longer expression
     compute = {"+": float.__add__, "-": float.__sub__, "/": float.__truediv__, "÷": float.__truediv__}
     errors = []
-    for text in corpora["maths"]["text"]:
+    for text in loaded["maths"]["text"]:
         plain = re.sub("[$£€,]", "", text)
         for match in equation.finditer(plain):
             left, symbol, right, result = match.groups()
@@ -183,7 +183,7 @@ def test_maths_equations_in_the_working_hold(corpora):
     assert sum(error > 0.01 for error in errors) < 0.02 * len(errors)
 
 
-def test_maths_draws_are_those_of_the_original_class(corpora):
+def test_maths_draws_are_those_of_the_original_class(loaded):
     code = """
 import importlib, json, sys, types
 class ProceduralDataset:
@@ -216,7 +216,7 @@ def test_maths_leaves_an_installed_reasoning_gym_alone(monkeypatch):
     installed = types.ModuleType("reasoning_gym")
     monkeypatch.setitem(sys.modules, "reasoning_gym", installed)
     state = random.getstate()
-    data.load_corpus("maths")
+    corpora.load_corpus("maths")
     assert {name for name in sys.modules if name.startswith("reasoning_gym")} == {"reasoning_gym"}
     assert sys.modules["reasoning_gym"] is installed
     assert random.getstate() == state
@@ -277,7 +277,7 @@ HUB_FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", data.HUB)
+@pytest.mark.parametrize("name", corpora.HUB)
 def test_hub_corpora(monkeypatch, name):
     asked = []
 
@@ -286,33 +286,33 @@ def test_hub_corpora(monkeypatch, name):
         return datasets.Dataset.from_list(HUB_ROWS[name])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = data.load_corpus(name)
-    repository, config, split, revision = data.HUB[name]
+    corpus = corpora.load_corpus(name)
+    repository, config, split, revision = corpora.HUB[name]
     assert asked == [((repository, config), {"split": split, "revision": revision})]
     assert re.fullmatch(r"[0-9a-f]{40}|refs/convert/parquet", revision)
     assert corpus.column_names == COLUMNS[name]
     assert corpus.to_list() == [{"id": f"{name}/00000"} | HUB_FIRST[name]]
 
 
-@pytest.mark.parametrize("name", data.HUB)
+@pytest.mark.parametrize("name", corpora.HUB)
 def test_hub_corpora_offline_say_what_to_do(monkeypatch, name):
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(wheels.DownloadError, match="Couldn't reach the hub") as caught:
-        data.load_corpus(name)
+        corpora.load_corpus(name)
     message = str(caught.value)
-    for part in (repr(name), data.HUB[name][0], "HF_HUB_OFFLINE", "tales, socialiqa, maths, reuters"):
+    for part in (repr(name), corpora.HUB[name][0], "HF_HUB_OFFLINE", "tales, socialiqa, maths, reuters"):
         assert part in message
 
 
-def test_offline_corpora_need_no_hub(monkeypatch, corpora):
+def test_offline_corpora_need_no_hub(monkeypatch, loaded):
     monkeypatch.setattr(datasets, "load_dataset", None)
-    counts = collections.Counter({name: len(data.load_corpus(name)) for name in OFFLINE})
+    counts = collections.Counter({name: len(corpora.load_corpus(name)) for name in OFFLINE})
     assert counts == {"tales": 57, "socialiqa": 2_197, "maths": 2_000, "reuters": 5_423}
 
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="tales, socialiqa, maths, reuters, lambada"):
-        data.load_corpus("wikitext")
+        corpora.load_corpus("wikitext")

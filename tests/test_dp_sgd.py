@@ -7,9 +7,12 @@ from helpers import ARCHITECTURES, random_sequences, tiny_model
 from scipy import integrate, stats
 from torch.nn import functional as F
 
-from unlearnlib import dp_sgd, measures, models, weights
-from unlearnlib.dp_sgd import Privacy, PrivateRun
-from unlearnlib.training import Training
+from unlearnlib import weights
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods import dp_sgd
+from unlearnlib.methods.dp_sgd import Privacy, PrivateRun
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
 
 LLAMA = ARCHITECTURES["llama"]
 
@@ -31,7 +34,7 @@ def one_by_one(model, sequences):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_single_sequences_are_autograds(tied):
-    model = models.load_model(LLAMA | {"tie_word_embeddings": tied}, dtype=torch.float64, device="cpu")
+    model = loading.load_model(LLAMA | {"tie_word_embeddings": tied}, dtype=torch.float64, device="cpu")
     sequences = random_sequences(3)
     found = dp_sgd.sequence_gradients(model, sequences)
     rows = torch.stack([weights.flatten({name: g[i] for name, g in found.items()}) for i in range(3)])
@@ -43,11 +46,11 @@ def test_gradients_of_single_sequences_are_autograds(tied):
 
 def test_a_configuration_with_dropout_can_be_trained_privately():
     source = LLAMA | {"attention_dropout": 0.1}
-    model = models.load_model(source, device="cpu")
+    model = loading.load_model(source, device="cpu")
     dp_sgd.check_supported(model, random_sequences(3))
     ends = []
     for _ in range(2):
-        model = models.load_model(source, device="cpu")
+        model = loading.load_model(source, device="cpu")
         dp_sgd.train_private(model, private_run(source=source))
         ends.append(weights.flatten(weights.snapshot(model)))
     assert torch.equal(*ends)
@@ -211,9 +214,9 @@ def test_empty_batches_are_steps_of_noise_alone():
 
 def test_private_training_learns_and_leaves_an_ordinary_model():
     model, sequences = tiny_model("llama", dtype=torch.float32), random_sequences(8)
-    before = measures.mean_loss(model, sequences)
+    before = mean_loss(model, sequences)
     dp_sgd.train_private(model, private_run(None, sequences, epochs=40))
-    assert measures.mean_loss(model, sequences) < before - 0.5
+    assert mean_loss(model, sequences) < before - 0.5
     assert not model.training
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
@@ -282,4 +285,4 @@ def test_models_that_opacus_gets_wrong_are_refused(architecture):
     model = tiny_model(architecture)
     with pytest.raises(ValueError, match=f"single sequences of this {architecture} model.*Llama type"):
         dp_sgd.train_private(model, private_run(8.0, source=ARCHITECTURES[architecture]))
-    measures.mean_loss(model, random_sequences(2))  # and it is left whole
+    mean_loss(model, random_sequences(2))  # and it is left whole

@@ -6,24 +6,19 @@ import pandas as pd
 import pytest
 import torch
 
-from unlearnlib import (
-    experiment,
-    extraction,
-    gradient_ascent,
-    matching,
-    measures,
-    models,
-    profiles,
-    results,
-    rounding,
-    weights,
-)
-from unlearnlib.training import Training
+from unlearnlib import weights
+from unlearnlib.experiment import case, profiles
+from unlearnlib.losses import mean_loss
+from unlearnlib.measures import extraction, rounding
+from unlearnlib.methods import first_order, matching
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
+from unlearnlib.verdicts import results
 
 TINY_PROFILE = dataclasses.replace(
     profiles.PROFILES["quick"],
     corpus="tales",
-    model=models.small_opt(300, hidden_size=16, layers=1, heads=2),
+    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
     vocabulary=300,
     length=24,
     forget=6,
@@ -37,10 +32,10 @@ TINY_PROFILE = dataclasses.replace(
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        corpus = experiment.load_corpus("tales")  # from the user's cache
-        patch.setattr(experiment, "load_corpus", lambda name: corpus)
+        corpus = case.load_corpus("tales")  # from the user's cache
+        patch.setattr(case, "load_corpus", lambda name: corpus)
         patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield experiment.prepare(TINY_PROFILE)
+        yield case.prepare(TINY_PROFILE)
 
 
 def test_the_three_models_are_trained_on_what_their_names_say(cases):
@@ -62,11 +57,11 @@ def test_every_copy_of_a_model_is_fresh(cases):
 
 def test_a_report_says_what_the_measures_say(cases):
     case = cases[0]
-    report = experiment.Report(case, case.retrained())
+    report = case.Report(case, case.retrained())
     original = case.original()
     values = report.measure("original", original, strength=3.0)
-    assert values["forget_loss"] == pytest.approx(measures.mean_loss(original, case.splits.forget), rel=1e-5)
-    assert values["holdout_loss"] == pytest.approx(measures.mean_loss(original, case.splits.holdout), rel=1e-5)
+    assert values["forget_loss"] == pytest.approx(mean_loss(original, case.splits.forget), rel=1e-5)
+    assert values["holdout_loss"] == pytest.approx(mean_loss(original, case.splits.holdout), rel=1e-5)
     assert values["strength"] == 3.0
     assert report.measure("retrained", case.retrained())["kl_holdout"] == pytest.approx(0, abs=1e-9)
     report.probe("retrained", case.retrained())
@@ -79,14 +74,14 @@ def test_a_report_says_what_the_measures_say(cases):
 def test_rounding_and_extraction_are_measured_where_they_are_asked_for(cases):
     case = cases[0]
     original = case.original()
-    plain = experiment.Report(case, case.retrained()).measure("original", original)
-    values = experiment.Report(case, case.retrained(), rounding=True, extraction=8).measure("original", original)
+    plain = case.Report(case, case.retrained()).measure("original", original)
+    values = case.Report(case, case.retrained(), rounding=True, extraction=8).measure("original", original)
     more = {
         f"{metric}_{bits}bit" for metric in ("forget_loss", "holdout_loss", "membership_auc") for bits in (4, 8)
     }
     assert values.keys() - plain.keys() == more | {"extraction_el10"}
     coarse = rounding.rounded(original, 4)
-    assert values["holdout_loss_4bit"] == pytest.approx(measures.mean_loss(coarse, case.splits.holdout), rel=1e-5)
+    assert values["holdout_loss_4bit"] == pytest.approx(mean_loss(coarse, case.splits.holdout), rel=1e-5)
     gaps = [abs(values[f"forget_loss_{bits}bit"] - values["forget_loss"]) for bits in (4, 8)]
     assert gaps[0] > gaps[1]
     assert values["extraction_el10"] == extraction.extraction_likelihood(original, case.splits.forget)
@@ -120,9 +115,9 @@ def test_a_retain_set_that_cannot_be_parted_is_refused(cases):
 
 def test_a_report_follows_a_direction_through_the_target(cases):
     case = cases[0]
-    report = experiment.Report(case, case.retrained())
+    report = case.Report(case, case.retrained())
     model = case.original()
-    start, delta = weights.snapshot(model), gradient_ascent.ascent_direction(model, case.splits.forget)
+    start, delta = weights.snapshot(model), first_order.ascent_direction(model, case.splits.forget)
     report.reference("original", case.original())
     report.reference("retrained", report.retrained)
     match = report.follow_direction("gradient_ascent", model, start, delta)
@@ -130,13 +125,13 @@ def test_a_report_follows_a_direction_through_the_target(cases):
     assert match.loss == pytest.approx(report.target, abs=matching.TOLERANCE)
     assert report.matches["gradient_ascent"] == match
     assert len(report.curves["gradient_ascent"]) == 31
-    frontier = experiment.frontier_table([report])
+    frontier = case.frontier_table([report])
     points = frontier.pivot_table(index=["method", "share"], columns="metric", values="value")
-    assert list(points.index) == [("gradient_ascent", share) for share in experiment.SHARES] + [("original", 0.0)]
+    assert list(points.index) == [("gradient_ascent", share) for share in case.SHARES] + [("original", 0.0)]
     gap = report.target - report.original_loss
     for (_, share), excess in points["forget_excess"].items():
         assert excess == pytest.approx((share - 1) * gap, abs=matching.TOLERANCE)
-    table = experiment.results_table([report])
+    table = case.results_table([report])
     at_match = table.query("method == 'gradient_ascent' and metric == 'forget_loss'")["value"].item()
     assert at_match == pytest.approx(match.loss, rel=1e-5)
 
@@ -147,32 +142,30 @@ def test_a_report_counts_steps_from_the_first_one_on(cases):
     def start():
         model, splits = case.original(), case.splits
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        loss = gradient_ascent.ascent_loss
-        return model, gradient_ascent.descend(model, loss, splits.forget, case.estimation, optimizer, seed=0)
+        loss = first_order.ascent_loss
+        return model, first_order.descend(model, loss, splits.forget, case.estimation, optimizer, seed=0)
 
-    report = experiment.Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
+    report = case.Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
     match = report.follow_steps("gradient_ascent", *start())
     model, steps = start()
-    straight = matching.match_steps(
-        model, steps, lambda: measures.mean_loss(model, case.splits.forget), report.target
-    )
+    straight = matching.match_steps(model, steps, lambda: mean_loss(model, case.splits.forget), report.target)
     assert match.reached
     assert match.strength == pytest.approx(straight.strength, abs=0.5)  # both within tolerance of the target
     assert straight.strength > 3
     [noted] = (row["value"] for row in report.rows if row["metric"] == "strength")
     assert noted == match.strength
-    most = experiment.Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
+    most = case.Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
     assert (most.strength, most.reached) == (3, False)
 
 
 def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
     case = cases[0]
-    report = experiment.Report(case, case.retrained())
+    report = case.Report(case, case.retrained())
     model = case.original()
     end = matching.Match(3.0, report.original_loss, reached=False, evaluations=1)
     assert report.follow("finetuned", model, lambda loss: end) == end
-    assert [point["share"] for point in report.frontier] == [experiment.SHARES[0]]
-    table = experiment.results_table([report])
+    assert [point["share"] for point in report.frontier] == [case.SHARES[0]]
+    table = case.results_table([report])
     assert table.query("metric == 'reached'")["value"].item() == 0.0
 
 
@@ -194,21 +187,21 @@ from test_experiment import TINY_PROFILE
 from unlearnlib import experiment, gradient_ascent, matching, measures, results
 import torch
 
-corpus = experiment.load_corpus("tales")
-experiment.load_corpus = lambda name: corpus
+corpus = case.load_corpus("tales")
+case.load_corpus = lambda name: corpus
 import os
 os.environ["UNLEARNLIB_CACHE"] = sys.argv[1] + "/cache"
 rows = []
-for case in experiment.prepare(TINY_PROFILE):
-    report = experiment.Report(case, case.retrained())
+for case in case.prepare(TINY_PROFILE):
+    report = case.Report(case, case.retrained())
     model = case.original()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     splits = case.splits
-    steps = gradient_ascent.descend(
-        model, gradient_ascent.gradient_difference_loss, splits.forget, splits.retain, optimizer, seed=0
+    steps = first_order.descend(
+        model, first_order.gradient_difference_loss, splits.forget, splits.retain, optimizer, seed=0
     )
-    target = measures.mean_loss(model, splits.forget) + 0.2
-    match = matching.match_steps(model, steps, lambda: measures.mean_loss(model, splits.forget), target)
+    target = mean_loss(model, splits.forget) + 0.2
+    match = matching.match_steps(model, steps, lambda: mean_loss(model, splits.forget), target)
     report.measure("gradient_difference", model, strength=match.strength)
     report.probe("gradient_difference", model)
     rows += report.rows
@@ -230,10 +223,10 @@ def test_the_second_corpus_has_enough_text_at_every_profile():
     for name in ("quick", "cpu"):
         settings = profiles.on_second_corpus(profiles.get_profile(name), 3)
         assert (settings.corpus, settings.seeds) == ("socialiqa", (0, 1, 2))
-        corpus = experiment.load_corpus(settings.corpus)
-        tokenizer = experiment.train_tokenizer(corpus["text"], settings.vocabulary)
+        corpus = case.load_corpus(settings.corpus)
+        tokenizer = case.train_tokenizer(corpus["text"], settings.vocabulary)
         sizes = {split: getattr(settings, split) for split in ("forget", "retain", "holdout")}
         for seed in settings.seeds:
-            splits = experiment.make_splits(corpus, tokenizer, length=settings.length, seed=seed, **sizes)
+            splits = case.make_splits(corpus, tokenizer, length=settings.length, seed=seed, **sizes)
             assert {split: len(getattr(splits, split)) for split in sizes} == sizes
     assert profiles.on_second_corpus(settings, 1).corpus == "reuters"

@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from unlearnlib import exposure, models, planting, sequences, training
+from unlearnlib.measures import exposure
+from unlearnlib.models import loading, training
+from unlearnlib.texts import planting, sequences
 
 TEXTS = [
     f"The number of Ann is {n * 7919 % 10_000:04d}-{n * 31 % 100:02d} and that of Bob is {n}." for n in range(300)
@@ -20,8 +22,8 @@ def tokenizer():
 
 
 def new_model(tokenizer, seed=0, dtype=torch.float64):
-    source = models.small_opt(len(tokenizer), hidden_size=32, layers=2, heads=2, context=64)
-    return models.load_model(source, seed=seed, dtype=dtype, device="cpu")
+    source = loading.small_opt(len(tokenizer), hidden_size=32, layers=2, heads=2, context=64)
+    return loading.load_model(source, seed=seed, dtype=dtype, device="cpu")
 
 
 def test_candidates_keep_the_format():

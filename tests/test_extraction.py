@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 
-from unlearnlib import extraction, models, training
+from unlearnlib.measures import extraction
+from unlearnlib.models import loading, training
 
 
 def model_that_counts(model):
@@ -134,7 +135,7 @@ def test_architectures_without_the_usual_cache_are_read_again(config, cached):
     config = (
         {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24} | config | {"vocab_size": VOCABULARY}
     )
-    model, sequences = models.load_model(config, device="cpu"), random_sequences(2, length=20)
+    model, sequences = loading.load_model(config, device="cpu"), random_sequences(2, length=20)
     assert extraction.has_cache(model, sequences[:1, :9]) is cached
     found = sequences[:, :8]
     for _ in range(12):

@@ -2,7 +2,8 @@ import inspect
 
 import pytest
 
-from unlearnlib import figures, matching
+from unlearnlib.book import figures
+from unlearnlib.methods import matching
 
 
 def test_source_is_the_modules_own():

@@ -6,7 +6,10 @@ import torch
 from helpers import random_sequences, tiny_model
 from torch.nn import functional as F
 
-from unlearnlib import fisher, measures, models, weights
+from unlearnlib import weights
+from unlearnlib.curvature import fisher
+from unlearnlib.losses import sequence_losses
+from unlearnlib.models import loading
 
 M, D = 7, 23
 LIKE = {"a": torch.zeros(3, 4, dtype=torch.float64), "b": torch.zeros(11, dtype=torch.float64)}
@@ -189,8 +192,8 @@ def test_diagonal_is_the_diagonal():
 def test_sampled_labels_give_the_true_fisher(monkeypatch):
     """In expectation, exactly: the mean over all possible labels, each weighed with its probability."""
     vocabulary, tokens = 4, 3
-    config = models.small_opt(vocabulary, hidden_size=4, layers=1, heads=2, context=8)
-    model = models.load_model(config, seed=0, dtype=torch.float64)
+    config = loading.small_opt(vocabulary, hidden_size=4, layers=1, heads=2, context=8)
+    model = loading.load_model(config, seed=0, dtype=torch.float64)
     sequence = torch.tensor([[1, 3, 0, 2]])
     live = weights.parameters(model)
 
@@ -248,7 +251,7 @@ def test_a_gradient_that_is_not_finite_names_its_sequence():
     sequences[3, 5] = 39
 
     def loss(model, batch):
-        return measures.sequence_losses(model, batch) / (batch != 39).all(dim=1)
+        return sequence_losses(model, batch) / (batch != 39).all(dim=1)
 
     for make in (fisher.sequence_gradients, fisher.FisherDiagonal):
         with pytest.raises(FloatingPointError, match="gradient of sequence 3 is not finite"):

@@ -8,7 +8,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unlearnlib import fisher, fisher_updates, kronecker, measures, models, weights
+from unlearnlib import weights
+from unlearnlib.curvature import fisher, kronecker
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods import fisher_updates
+from unlearnlib.models import loading
 
 DAMPING = 1e-3
 
@@ -209,7 +213,7 @@ def test_the_exponents_are_optimal_for_their_residuals(exponent, moment):
 
 
 def target_above(model, nats):
-    return measures.mean_loss(model, FORGET) + nats
+    return mean_loss(model, FORGET) + nats
 
 
 def test_steps_along_one_direction_are_one_step(model):
@@ -232,15 +236,15 @@ def restart(model):
 
 @pytest.mark.parametrize("settings", [{}, {"renew": True}, {"hold": RETAIN}])
 def test_every_step_gets_its_part_of_the_way(settings, model):
-    start, seen = measures.mean_loss(model, FORGET), []
+    start, seen = mean_loss(model, FORGET), []
 
     def build(model):
-        seen.append(measures.mean_loss(model, FORGET))
+        seen.append(mean_loss(model, FORGET))
         return CURVATURES["kfac"](model)
 
     match = fisher_updates.remove_in_steps(model, FORGET, start + 0.4, build, DAMPING, 4, refresh=True, **settings)
     assert match.reached
-    assert match.loss == measures.mean_loss(model, FORGET)  # the model is where the match says
+    assert match.loss == mean_loss(model, FORGET)  # the model is where the match says
     for value, expected in zip([*seen, match.loss], (0, 0.1, 0.2, 0.3, 0.4), strict=True):
         assert abs(value - start - expected) <= 0.01 + 1e-12
     assert seen[0] == start
@@ -334,11 +338,11 @@ def test_a_step_that_falls_short_is_the_last(model):
         built.append(1)
         return CURVATURES["diagonal"](model)
 
-    start = measures.mean_loss(model, FORGET)
+    start = mean_loss(model, FORGET)
     match = fisher_updates.remove_in_steps(model, FORGET, start - 1, build, DAMPING, 4, refresh=True)
     assert not match.reached
     assert len(built) == 1
-    assert match.loss == measures.mean_loss(model, FORGET) == pytest.approx(start, abs=1e-3)
+    assert match.loss == mean_loss(model, FORGET) == pytest.approx(start, abs=1e-3)
 
 
 # Bad input, devices
@@ -362,7 +366,7 @@ def test_bad_settings_are_refused(curvature, model):
 
 
 def test_everything_stays_on_the_device_of_the_curvature():
-    blank = models.load_model(models.small_opt(40, hidden_size=16, layers=2, heads=2), device="meta")
+    blank = loading.load_model(loading.small_opt(40, hidden_size=16, layers=2, heads=2), device="meta")
     like = weights.snapshot(blank)
     curvature = kronecker.Kronecker(kronecker.find_blocks(blank))
     for result in (

@@ -6,7 +6,9 @@ import torch
 from helpers import random_sequences, tiny_model
 from torch.nn import functional as F
 
-from unlearnlib import gradient_ascent, measures, weights
+from unlearnlib import weights
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods import first_order
 
 
 def reference_loss(model, sequences):
@@ -22,7 +24,7 @@ def case():
 
 def test_direction_is_autograds_gradient(case):
     model, forget, _ = case
-    direction = gradient_ascent.ascent_direction(model, forget)
+    direction = first_order.ascent_direction(model, forget)
     expected = torch.autograd.grad(reference_loss(model, forget), list(weights.parameters(model).values()))
     for ours, theirs in zip(direction.values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
@@ -31,22 +33,22 @@ def test_direction_is_autograds_gradient(case):
 def test_losses_are_what_they_are_called(case):
     model, forget, retain = case
     f, r = reference_loss(model, forget), reference_loss(model, retain)
-    torch.testing.assert_close(gradient_ascent.ascent_loss(model, forget, retain), -f)
-    torch.testing.assert_close(gradient_ascent.gradient_difference_loss(model, forget, retain), r - f)
-    torch.testing.assert_close(gradient_ascent.retain_loss(model, forget, retain), r)
+    torch.testing.assert_close(first_order.ascent_loss(model, forget, retain), -f)
+    torch.testing.assert_close(first_order.gradient_difference_loss(model, forget, retain), r - f)
+    torch.testing.assert_close(first_order.retain_loss(model, forget, retain), r)
     original = tiny_model(seed=5)
     p = original(input_ids=retain).logits[:, :-1].log_softmax(2)
     q = model(input_ids=retain).logits[:, :-1].log_softmax(2)
     kl = (p.exp() * (p - q)).sum(2).mean()
     assert kl > 1e-6
-    torch.testing.assert_close(gradient_ascent.kl_retain_loss(original)(model, forget, retain), kl - f)
+    torch.testing.assert_close(first_order.kl_retain_loss(original)(model, forget, retain), kl - f)
 
 
 def test_the_kl_term_pulls_nowhere_at_the_original(case):
     model, forget, retain = case
-    loss = gradient_ascent.kl_retain_loss(copy.deepcopy(model))
+    loss = first_order.kl_retain_loss(copy.deepcopy(model))
     pulled = torch.autograd.grad(loss(model, forget, retain), list(weights.parameters(model).values()))
-    plain = gradient_ascent.ascent_direction(model, forget)
+    plain = first_order.ascent_direction(model, forget)
     for ours, theirs in zip(pulled, plain.values(), strict=True):
         torch.testing.assert_close(ours, -theirs, rtol=1e-8, atol=1e-12)
 
@@ -65,7 +67,7 @@ def gradient(model, value):
 def test_npo_is_its_formula_and_weighs_each_sequence_as_it_should(case, beta):
     model, forget, retain = case
     original = tiny_model(seed=5)
-    found = gradient_ascent.npo_loss(original, beta)(model, forget, retain)
+    found = first_order.npo_loss(original, beta)(model, forget, retain)
     p, p0 = log_likelihoods(model, forget), log_likelihoods(original, forget).detach()
     ratio = (p - p0).detach().exp()
     assert ratio.log().abs().max() > 0.1  # the two models do differ
@@ -80,13 +82,13 @@ def test_npo_is_its_formula_and_weighs_each_sequence_as_it_should(case, beta):
 def test_npo_with_small_beta_is_ascent_and_bounded_below_as_ascent_is_not(case):
     model, forget, retain = case
     original = copy.deepcopy(model)
-    at_start = gradient_ascent.npo_loss(original, 0.7)(model, forget, retain)
+    at_start = first_order.npo_loss(original, 0.7)(model, forget, retain)
     assert at_start.item() == pytest.approx(2 / 0.7 * math.log(2))
     for p in weights.parameters(model).values():  # away from the start, where every weight is 1 whatever β
         p.data.mul_(1.2)
-    npo = gradient_ascent.npo_loss(original, 1e-9)(model, forget, retain)
+    npo = first_order.npo_loss(original, 1e-9)(model, forget, retain)
     tokens = forget.shape[1] - 1
-    ascent = gradient(model, gradient_ascent.ascent_loss(model, forget, retain))
+    ascent = gradient(model, first_order.ascent_loss(model, forget, retain))
     for ours, theirs in zip(gradient(model, npo), ascent, strict=True):
         torch.testing.assert_close(ours, tokens * theirs, rtol=1e-6, atol=1e-10)
     values = {}
@@ -95,7 +97,7 @@ def test_npo_with_small_beta_is_ascent_and_bounded_below_as_ascent_is_not(case):
             p.data.mul_(scale)
         values[scale] = [
             loss(model, forget, retain).item()
-            for loss in (gradient_ascent.npo_loss(original, 0.1), gradient_ascent.ascent_loss)
+            for loss in (first_order.npo_loss(original, 0.1), first_order.ascent_loss)
         ]
     assert values[50.0][1] < -50  # ascent falls without end
     assert 0 <= values[50.0][0] < values[1.0][0]
@@ -104,14 +106,14 @@ def test_npo_with_small_beta_is_ascent_and_bounded_below_as_ascent_is_not(case):
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_npo_refuses_a_beta_that_means_nothing(case, beta):
     with pytest.raises(ValueError, match=f"must be positive and finite, not {beta}"):
-        gradient_ascent.npo_loss(case[0], beta)
+        first_order.npo_loss(case[0], beta)
 
 
 def test_one_sgd_step_is_one_step_along_the_direction(case):
     model, forget, retain = case
-    start, direction = weights.snapshot(model), gradient_ascent.ascent_direction(model, forget)
+    start, direction = weights.snapshot(model), first_order.ascent_direction(model, forget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    next(gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, retain, optimizer, seed=0))
+    next(first_order.descend(model, first_order.ascent_loss, forget, retain, optimizer, seed=0))
     for name, moved in weights.difference(weights.snapshot(model), start).items():
         torch.testing.assert_close(moved, 0.1 * direction[name], rtol=1e-8, atol=1e-12)
 
@@ -122,9 +124,9 @@ def test_every_sequence_is_used_once_an_epoch(case):
 
     def loss(model, forget_batch, retain_batch):
         seen.append(forget_batch)
-        return gradient_ascent.ascent_loss(model, forget_batch, retain_batch)
+        return first_order.ascent_loss(model, forget_batch, retain_batch)
 
-    steps = gradient_ascent.descend(
+    steps = first_order.descend(
         model, loss, forget, retain, torch.optim.SGD(model.parameters(), lr=0.0), seed=0, batch_size=2
     )
     for _ in range(3):
@@ -138,19 +140,19 @@ def test_the_order_depends_on_the_seed_alone(case):
     for seed in (0, 0, 1):
         model = tiny_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        steps = gradient_ascent.descend(
-            model, gradient_ascent.gradient_difference_loss, forget, retain, optimizer, seed, batch_size=2
+        steps = first_order.descend(
+            model, first_order.gradient_difference_loss, forget, retain, optimizer, seed, batch_size=2
         )
         for _ in range(4):
             next(steps)
-        ends.append(measures.mean_loss(model, retain))
+        ends.append(mean_loss(model, retain))
     assert ends[0] == ends[1] != ends[2]
 
 
 def test_ascent_into_nothingness_is_an_error(case):
     model, forget, retain = case
     optimizer = torch.optim.SGD(model.parameters(), lr=1e200)
-    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, retain, optimizer, seed=0)
+    steps = first_order.descend(model, first_order.ascent_loss, forget, retain, optimizer, seed=0)
     with pytest.raises(FloatingPointError, match="stop earlier or take smaller steps"):
         for _ in range(20):
             next(steps)

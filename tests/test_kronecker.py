@@ -7,7 +7,9 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from torch import nn
 
-from unlearnlib import kronecker, measures, weights
+from unlearnlib import weights
+from unlearnlib.curvature import kronecker
+from unlearnlib.losses import logits, token_losses
 
 SEQUENCES = random_sequences(6, 5)
 BUILDERS = {"kfac": kronecker.kfac, "ekfac": kronecker.ekfac, "diagonal": kronecker.diagonal}
@@ -43,7 +45,7 @@ def explicit_fishers(model, sequences, blocks):
     """(1/m) Σ s sᵀ/T for every block, from gradients of one sequence at a time."""
     live, rows = weights.parameters(model), [[] for _ in blocks]
     for sequence in sequences:
-        loss = measures.token_losses(model, sequence[None]).sum()
+        loss = token_losses(model, sequence[None]).sum()
         gradient = dict(zip(live, torch.autograd.grad(loss, list(live.values())), strict=True))
         for found, block in zip(rows, blocks, strict=True):
             found.append(block.matrix(gradient).flatten())
@@ -56,7 +58,7 @@ def head_fisher(model, sequences):
     total, untied = 0, untie(model)
     live = [p for p in untied.lm_head.parameters()]
     for sequence in sequences:
-        z = measures.logits(untied, sequence[None])[0]
+        z = logits(untied, sequence[None])[0]
         for row in z:
             jacobian = []
             for logit in row:
@@ -128,7 +130,7 @@ def test_drawn_labels_give_the_gauss_newton_matrix():
     sequences = random_sequences(1, 2).repeat(20_000, 1)
     [block] = [b for b in kronecker.kfac(model, sequences).blocks if "model.decoder.layers.1.fc2" in b.layers]
     live = [weights.parameters(model)[name] for name in block.names]
-    z = measures.logits(model, sequences[:1])[0, 0]
+    z = logits(model, sequences[:1])[0, 0]
     rows = [torch.autograd.grad(logit, live, retain_graph=True) for logit in z]
     J = torch.stack([torch.cat([w, b[:, None]], dim=1).flatten() for w, b in rows])
     p = z.detach().softmax(0)
@@ -156,7 +158,7 @@ def test_a_tied_table_has_the_exact_fisher_of_its_head_and_that_of_its_rows(make
     padding = torch.zeros(VOCABULARY, block.eigenvalues.shape[1] - 16, dtype=torch.float64)
     rows = []
     for sequence in few:
-        loss = measures.token_losses(apart, sequence[None]).sum()
+        loss = token_losses(apart, sequence[None]).sum()
         (gradient,) = torch.autograd.grad(loss, apart.model.decoder.embed_tokens.weight)
         rows.append(torch.cat([gradient, padding], dim=1).flatten())
     table = torch.stack(rows).T @ torch.stack(rows) / few[:, 1:].numel()
@@ -202,7 +204,7 @@ def test_the_factors_are_second_moments_of_inputs_and_output_gradients(architect
     module, seen = model.get_submodule(name), {}
     module.register_forward_hook(lambda m, args, out: seen.update(a=args[0].detach()))
     module.register_full_backward_hook(lambda m, into, out: seen.update(d=out[0].detach()))
-    measures.token_losses(model, SEQUENCES).sum().backward()
+    token_losses(model, SEQUENCES).sum().backward()
     a, d = (seen[key].reshape(-1, seen[key].shape[-1]) for key in "ad")
     if module.bias is not None:
         a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
@@ -215,7 +217,7 @@ def test_the_factors_are_second_moments_of_inputs_and_output_gradients(architect
 def test_the_head_keeps_the_diagonal_of_its_left_factor():
     """Of E[diag p − p pᵀ], a matrix over the vocabulary."""
     model = tiny_model("llama")
-    p = measures.logits(model, SEQUENCES).flatten(0, 1).softmax(1)
+    p = logits(model, SEQUENCES).flatten(0, 1).softmax(1)
     exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
     left, _ = kronecker.layer_factors(model, SEQUENCES)["lm_head"]
     torch.testing.assert_close(left, exact.diagonal(), rtol=1e-5, atol=1e-9)
@@ -229,7 +231,7 @@ def test_which_layers_of_the_last_block_have_no_terms_between_positions(name):
     block, seen = model.model.decoder.layers[-1], []
     layer = block.get_submodule(name if name.startswith("fc") else f"self_attn.{name}")
     layer.register_forward_hook(lambda m, args, out: seen.append(out))
-    z = measures.logits(model, SEQUENCES[:1])[0]
+    z = logits(model, SEQUENCES[:1])[0]
     later = 0.0
     for t in range(len(z)):
         (change,) = torch.autograd.grad(z[t].square().sum(), seen[0], retain_graph=True)
@@ -258,7 +260,7 @@ def test_a_tied_table_adds_the_factors_of_both_its_uses(datas_labels):
     embedding, head = model.model.decoder.embed_tokens, model.lm_head
     embedding.register_forward_hook(lambda m, args, out: out.register_hook(lambda g: seen.update(e=g)) and None)
     head.register_forward_hook(lambda m, args, out: seen.update(h=args[0].detach(), z=out.detach()))
-    measures.token_losses(model, SEQUENCES).sum().backward()
+    token_losses(model, SEQUENCES).sum().backward()
     e, h, p = seen["e"].flatten(0, 1), seen["h"].flatten(0, 1), seen["z"].flatten(0, 1).softmax(1)
     frequency = torch.bincount(SEQUENCES[:, :-1].flatten(), minlength=VOCABULARY).double() / len(e)
     A, S, s = h.T @ h / len(h), e.T @ e / len(e), (p * (1 - p)).mean(0)
@@ -369,7 +371,7 @@ def test_gradients_that_are_not_finite_are_named():
 
 def test_heads_and_biases_without_a_form_are_named(monkeypatch):
     model = tiny_model("opt")
-    plain = measures.logits
+    plain = logits
     monkeypatch.setattr(kronecker, "logits", lambda m, batch: 30 * torch.tanh(plain(m, batch) / 30))
     with pytest.raises(NotImplementedError, match="'lm_head' is not the logits"):
         kronecker.kfac(model, SEQUENCES)

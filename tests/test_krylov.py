@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import cg
 
-from unlearnlib import krylov
+from unlearnlib.curvature import krylov
 
 
 def matrix_with(eigenvalues, seed=0):

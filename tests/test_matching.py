@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_model
 
-from unlearnlib import gradient_ascent, matching, measures, weights
+from unlearnlib import weights
+from unlearnlib.losses import mean_loss, sequence_losses
+from unlearnlib.methods import first_order, matching
 
 
 @pytest.mark.parametrize("start", [1e-4, 0.1, 1.0, 50.0])
@@ -61,19 +63,19 @@ def test_nonsense_is_refused(start, target):
 def test_steps_stop_on_the_target_and_leave_the_model_there():
     model, forget = tiny_model(), random_sequences(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, forget, optimizer, seed=0)
-    target = measures.mean_loss(model, forget) + 0.5
-    match = matching.match_steps(model, steps, lambda: measures.mean_loss(model, forget), target)
+    steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+    target = mean_loss(model, forget) + 0.5
+    match = matching.match_steps(model, steps, lambda: mean_loss(model, forget), target)
     assert match.reached
     assert match.strength % 1 != 0  # the last step was too long and only a part of it was taken
-    assert measures.mean_loss(model, forget) == match.loss == pytest.approx(target, abs=matching.TOLERANCE)
+    assert mean_loss(model, forget) == match.loss == pytest.approx(target, abs=matching.TOLERANCE)
 
 
 def test_steps_that_run_out_or_go_nowhere_are_reported():
     model, forget = tiny_model(), random_sequences(4)
     before = weights.snapshot(model)
-    loss = measures.mean_loss(model, forget)
-    match = matching.match_steps(model, iter([0, 1, 2]), lambda: measures.mean_loss(model, forget), loss + 1)
+    loss = mean_loss(model, forget)
+    match = matching.match_steps(model, iter([0, 1, 2]), lambda: mean_loss(model, forget), loss + 1)
     assert (match.strength, match.reached, match.loss) == (3, False, loss)
     match = matching.match_steps(model, iter(int, 1), lambda: loss, loss + 1, max_steps=5)
     assert (match.strength, match.reached) == (5, False)
@@ -115,18 +117,18 @@ def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
 
     def walk():
         model = tiny_model()
-        steps = gradient_ascent.descend(
-            model, gradient_ascent.ascent_loss, forget, forget, OPTIMIZERS[optimizer](model), seed=0, batch_size=3
+        steps = first_order.descend(
+            model, first_order.ascent_loss, forget, forget, OPTIMIZERS[optimizer](model), seed=0, batch_size=3
         )
-        return model, matching.Walk(model, steps, lambda: measures.mean_loss(model, forget))
+        return model, matching.Walk(model, steps, lambda: mean_loss(model, forget))
 
     model, stopping = walk()
-    start = measures.mean_loss(model, forget)
+    start = mean_loss(model, forget)
     strengths = []
     for share in shares:
         match = stopping.to(start + share * rise, tolerance=1e-10)
         assert match.reached
-        assert measures.mean_loss(model, forget) == pytest.approx(match.loss, abs=1e-12)
+        assert mean_loss(model, forget) == pytest.approx(match.loss, abs=1e-12)
         single_model, single = walk()
         straight = single.to(start + share * rise, tolerance=1e-10)
         assert match.strength == pytest.approx(straight.strength, abs=1e-6)
@@ -142,9 +144,9 @@ def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
 def test_the_most_steps_are_counted_over_all_targets():
     model, forget = tiny_model(), random_sequences(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    steps = gradient_ascent.descend(model, gradient_ascent.ascent_loss, forget, forget, optimizer, seed=0)
-    start = measures.mean_loss(model, forget)
-    walk = matching.Walk(model, steps, lambda: measures.mean_loss(model, forget), max_steps=4)
+    steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+    start = mean_loss(model, forget)
+    walk = matching.Walk(model, steps, lambda: mean_loss(model, forget), max_steps=4)
     first, second = walk.to(start + 0.05), walk.to(start + 100)
     assert first.reached
     assert 0 < first.strength < 4
@@ -180,13 +182,13 @@ def test_after_a_step_into_infinity_the_walk_goes_no_further_than_that_step():
 def test_a_direction_is_followed_to_the_target():
     model, forget = tiny_model(), random_sequences(6)
     start = weights.snapshot(model)
-    delta = weights.mean_gradient(model, forget, measures.sequence_losses)
-    target = measures.mean_loss(model, forget) + 0.3
+    delta = weights.mean_gradient(model, forget, sequence_losses)
+    target = mean_loss(model, forget) + 0.3
     for scale in (1e-6, 1.0, 1e6):  # the unit of the direction does not matter
         direction = {name: scale * value for name, value in delta.items()}
         match = matching.match_direction(model, start, direction, forget, target)
         assert match.reached
-        assert measures.mean_loss(model, forget) == pytest.approx(match.loss) == pytest.approx(target, abs=0.01)
+        assert mean_loss(model, forget) == pytest.approx(match.loss) == pytest.approx(target, abs=0.01)
         moved = weights.difference(weights.snapshot(model), start)
         assert weights.norm(moved) == pytest.approx(match.strength * weights.norm(direction))
     for nowhere in (0.0, float("nan"), float("inf")):
@@ -199,8 +201,8 @@ def test_a_direction_is_followed_to_the_target():
 def test_the_damping_is_chosen_by_validation_among_those_that_reach_the_target():
     model, forget, validation = tiny_model(), random_sequences(6), random_sequences(4, seed=1)
     start = weights.snapshot(model)
-    delta = weights.mean_gradient(model, forget, measures.sequence_losses)
-    target = measures.mean_loss(model, forget) + 0.3
+    delta = weights.mean_gradient(model, forget, sequence_losses)
+    target = mean_loss(model, forget) + 0.3
     where = []
 
     def directions():  # each is made from a model that stands where it started
@@ -212,7 +214,7 @@ def test_the_damping_is_chosen_by_validation_among_those_that_reach_the_target()
     assert where == [0.0, 0.0]
     assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0
     matching.match_direction(model, start, delta, forget, target)
-    assert sweep["validation_loss"][0] == pytest.approx(measures.mean_loss(model, validation))
+    assert sweep["validation_loss"][0] == pytest.approx(mean_loss(model, validation))
     sweep = pd.DataFrame(
         {"damping": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
     )

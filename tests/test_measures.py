@@ -6,7 +6,8 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from scipy import special
 
-from unlearnlib import measures
+from unlearnlib.losses import batched, mean_loss, sequence_losses
+from unlearnlib.measures.evaluation import compare, mean_kl, membership_auc, min_k_scores, token_accuracy
 
 
 def numpy_log_probabilities(model, sequences):
@@ -21,17 +22,17 @@ def test_losses_against_numpy_and_the_models_own_loss(architecture):
     logp = numpy_log_probabilities(model, sequences)
     rows, columns = np.indices(sequences[:, 1:].shape)
     expected = -logp[rows, columns, sequences[:, 1:].numpy()].mean(axis=1)
-    np.testing.assert_allclose(measures.sequence_losses(model, sequences).detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(sequence_losses(model, sequences).detach(), expected, rtol=1e-12)
     own = model(input_ids=sequences, labels=sequences).loss.item()
-    assert measures.mean_loss(model, sequences) == pytest.approx(own, rel=1e-6)  # theirs is in float32
-    assert measures.mean_loss(model, sequences) == pytest.approx(expected.mean(), rel=1e-12)
+    assert mean_loss(model, sequences) == pytest.approx(own, rel=1e-6)  # theirs is in float32
+    assert mean_loss(model, sequences) == pytest.approx(expected.mean(), rel=1e-12)
 
 
 def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess():
     model = tiny_model()
     for p in model.parameters():
         torch.nn.init.zeros_(p)
-    assert measures.mean_loss(model, random_sequences(3)) == pytest.approx(math.log(VOCABULARY))
+    assert mean_loss(model, random_sequences(3)) == pytest.approx(math.log(VOCABULARY))
 
 
 def test_kl_against_numpy_and_zero_to_itself():
@@ -39,46 +40,46 @@ def test_kl_against_numpy_and_zero_to_itself():
     p, q = (numpy_log_probabilities(m, sequences) for m in (p_model, q_model))
     expected = special.rel_entr(np.exp(p), np.exp(q)).sum(axis=2).mean()
     assert expected > 1e-5
-    assert measures.mean_kl(p_model, q_model, sequences) == pytest.approx(expected, rel=1e-9)
-    assert measures.mean_kl(p_model, p_model, sequences) == pytest.approx(0, abs=1e-14)
+    assert mean_kl(p_model, q_model, sequences) == pytest.approx(expected, rel=1e-9)
+    assert mean_kl(p_model, p_model, sequences) == pytest.approx(0, abs=1e-14)
 
 
 def test_token_accuracy_counts_hits():
     model, sequences = tiny_model(), random_sequences(6)
     hits = numpy_log_probabilities(model, sequences).argmax(axis=2) == sequences[:, 1:].numpy()
-    assert measures.token_accuracy(model, sequences) == pytest.approx(hits.mean())
+    assert token_accuracy(model, sequences) == pytest.approx(hits.mean())
 
 
 def test_batching_changes_nothing():
     model, sequences = tiny_model(), random_sequences(11)
-    whole = measures.sequence_losses(model, sequences)
-    torch.testing.assert_close(measures.batched(measures.sequence_losses, model, sequences, 4), whole.detach())
+    whole = sequence_losses(model, sequences)
+    torch.testing.assert_close(batched(sequence_losses, model, sequences, 4), whole.detach())
 
 
 def test_auc_is_the_share_of_pairs_ranked_right():
     members, others = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, -1.0, 5.0])
     pairs = [1.0 if m > o else 0.5 if m == o else 0.0 for m in members for o in others]
-    assert measures.membership_auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
+    assert membership_auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_min_k_by_hand():
     losses = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0] * 10])
-    assert measures.min_k_scores(losses, share=0.2).tolist() == [-4.5, -1.0]
-    assert measures.min_k_scores(losses, share=0.01).tolist() == [-5.0, -1.0]
+    assert min_k_scores(losses, share=0.2).tolist() == [-4.5, -1.0]
+    assert min_k_scores(losses, share=0.01).tolist() == [-5.0, -1.0]
     rising = torch.arange(63.0)[None]  # a fifth of 63 is 12.6, of which the authors' code takes 12
-    assert measures.min_k_scores(rising, share=0.2).tolist() == [-sum(range(51, 63)) / 12]
+    assert min_k_scores(rising, share=0.2).tolist() == [-sum(range(51, 63)) / 12]
 
 
 def test_sequences_beyond_the_context_are_refused():
     with pytest.raises(ValueError, match="sequences of 33 tokens do not fit the model's context of 32"):
-        measures.mean_loss(tiny_model(), random_sequences(2, length=33))
+        mean_loss(tiny_model(), random_sequences(2, length=33))
 
 
 def test_one_pass_tells_what_three_would():
     model, reference, sequences = tiny_model(), tiny_model(seed=1), random_sequences(5)
-    losses, hits, kl = measures.compare(model, reference, sequences, batch_size=2)
+    losses, hits, kl = compare(model, reference, sequences, batch_size=2)
     p, q = (m(input_ids=sequences).logits[:, :-1].detach().softmax(dim=2) for m in (reference, model))
     torch.testing.assert_close(losses, -q.log().gather(2, sequences[:, 1:, None])[..., 0])
     assert torch.equal(hits, q.argmax(dim=2) == sequences[:, 1:])
     torch.testing.assert_close(kl, (p * (p / q).log()).sum(dim=2).mean(dim=1))
-    assert measures.mean_kl(reference, model, sequences) == pytest.approx(kl.mean().item())
+    assert mean_kl(reference, model, sequences) == pytest.approx(kl.mean().item())

@@ -8,7 +8,11 @@ import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unlearnlib import extraction, gradient_ascent, measures, models, weights
+from unlearnlib import weights
+from unlearnlib.losses import log_probabilities, mean_loss, sequence_losses
+from unlearnlib.measures import extraction
+from unlearnlib.methods import first_order
+from unlearnlib.models import loading
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -24,24 +28,24 @@ def test_parameter_counts_by_hand():
     matrices = 12 * hidden**2  # of a layer: 4 of attention, and 8 more in the feed-forward part
     biases, norms = 9 * hidden, 4 * hidden
     expected = {
-        models.small_opt: (vocabulary + context + 2) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
-        models.small_gpt2: (vocabulary + context) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
-        models.small_llama: 2 * vocabulary * hidden + layers * (matrices + 2 * hidden) + hidden,
+        loading.small_opt: (vocabulary + context + 2) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        loading.small_gpt2: (vocabulary + context) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        loading.small_llama: 2 * vocabulary * hidden + layers * (matrices + 2 * hidden) + hidden,
     }
     for small, count in expected.items():
-        model = models.load_model(small(vocabulary, hidden, layers, heads=4, context=context), device="cpu")
-        assert models.parameter_count(model) == count
+        model = loading.load_model(small(vocabulary, hidden, layers, heads=4, context=context), device="cpu")
+        assert loading.parameter_count(model) == count
         assert model.config.hidden_size == hidden
         assert model.config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize("small", [models.small_opt, models.small_gpt2, models.small_llama])
+@pytest.mark.parametrize("small", [loading.small_opt, loading.small_gpt2, loading.small_llama])
 def test_small_models_have_no_dropout_and_keep_their_context(small):
-    model, sequences = models.load_model(small(40, 16, 2, heads=2, context=12), device="cpu"), random_sequences(3)
-    calm = measures.sequence_losses(model, sequences)
-    assert torch.equal(measures.sequence_losses(model.train(), sequences), calm)
+    model, sequences = loading.load_model(small(40, 16, 2, heads=2, context=12), device="cpu"), random_sequences(3)
+    calm = sequence_losses(model, sequences)
+    assert torch.equal(sequence_losses(model.train(), sequences), calm)
     with pytest.raises(ValueError, match="do not fit the model's context of 12"):
-        measures.mean_loss(model, random_sequences(3, length=13))
+        mean_loss(model, random_sequences(3, length=13))
 
 
 SIZES = {
@@ -76,15 +80,15 @@ def test_nothing_is_dropped_whatever_a_configuration_says_and_the_saved_one_stil
         setattr(config, name, 0.4)
     sequences = random_sequences(4)
     source = AutoModelForCausalLM.from_config(config)
-    dropped = [measures.sequence_losses(source.train(), sequences) for _ in range(5)]
+    dropped = [sequence_losses(source.train(), sequences) for _ in range(5)]
     assert any(not torch.equal(dropped[0], other) for other in dropped)  # there is something to switch off
     source.save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
-    models.switch_off_dropout(model)
-    calm = measures.sequence_losses(model, sequences)
-    assert torch.equal(measures.sequence_losses(model.train(), sequences), calm)
+    loading.switch_off_dropout(model)
+    calm = sequence_losses(model, sequences)
+    assert torch.equal(sequence_losses(model.train(), sequences), calm)
     again = copy.deepcopy(model).train()
-    assert torch.equal(measures.sequence_losses(again, sequences), calm)
+    assert torch.equal(sequence_losses(again, sequences), calm)
     model.save_pretrained(tmp_path / "saved")
     saved, before = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "source"))
     assert saved == before
@@ -95,8 +99,8 @@ def test_nothing_is_dropped_whatever_a_configuration_says_and_the_saved_one_stil
 def test_a_saved_folder_loads_the_same(tmp_path):
     model, sequences = tiny_model("llama"), random_sequences(3)
     model.save_pretrained(tmp_path)
-    back = models.load_model(tmp_path, dtype=torch.float64, device="cpu")
-    assert measures.mean_loss(back, sequences) == measures.mean_loss(model, sequences)
+    back = loading.load_model(tmp_path, dtype=torch.float64, device="cpu")
+    assert mean_loss(back, sequences) == mean_loss(model, sequences)
     assert not back.training
 
 
@@ -120,7 +124,7 @@ def test_weights_that_do_not_fit_are_not_replaced_by_random_ones(tmp_path, archi
     tiny_model(architecture).save_pretrained(tmp_path)
     rewrite(tmp_path, edit)
     with pytest.raises(ValueError, match=f"not those of its architecture: .*{message}"):
-        models.load_model(tmp_path, device="cpu")
+        loading.load_model(tmp_path, device="cpu")
 
 
 def test_a_missing_head_is_an_error_unless_it_is_tied(tmp_path):
@@ -129,11 +133,11 @@ def test_a_missing_head_is_an_error_unless_it_is_tied(tmp_path):
         model.save_pretrained(tmp_path / architecture)
         rewrite(tmp_path / architecture, lambda w: {name: v for name, v in w.items() if "lm_head" not in name})
         if tied:
-            back = models.load_model(tmp_path / architecture, dtype=torch.float64, device="cpu")
+            back = loading.load_model(tmp_path / architecture, dtype=torch.float64, device="cpu")
             assert torch.equal(back.lm_head.weight, model.lm_head.weight)
         else:
             with pytest.raises(ValueError, match=r"1 missing \(lm_head\.weight\)"):
-                models.load_model(tmp_path / architecture, device="cpu")
+                loading.load_model(tmp_path / architecture, device="cpu")
 
 
 def test_names_of_older_versions_are_understood(tmp_path):
@@ -141,7 +145,7 @@ def test_names_of_older_versions_are_understood(tmp_path):
     model.save_pretrained(tmp_path)  # GPT-2's own folder has names without the prefix, and the masks
     mask = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     rewrite(tmp_path, lambda w: {n.removeprefix("transformer."): v for n, v in w.items()} | mask)
-    back = models.load_model(tmp_path, dtype=torch.float64, device="cpu")
+    back = loading.load_model(tmp_path, dtype=torch.float64, device="cpu")
     assert torch.equal(back.transformer.h[1].mlp.c_fc.weight, model.transformer.h[1].mlp.c_fc.weight)
 
 
@@ -151,10 +155,10 @@ def test_damaged_and_missing_files_of_weights_are_named_as_such(tmp_path):
     assert len(shards) > 1
     shards[-1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(OSError, match="damaged, cut short or a mere Git LFS pointer"):
-        models.load_model(tmp_path, device="cpu")
+        loading.load_model(tmp_path, device="cpu")
     shards[-1].unlink()
     with pytest.raises(OSError, match=f"cannot load the model in the folder.*{shards[-1].name}"):
-        models.load_model(tmp_path, device="cpu")
+        loading.load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +171,8 @@ def test_damaged_and_missing_files_of_weights_are_named_as_such(tmp_path):
     ids=lambda config: config["model_type"],
 )
 def test_architectures_without_torchs_attention_have_their_own(config):
-    model = models.load_model({"vocab_size": 40, "hidden_size": 16} | config, device="cpu")
-    assert measures.mean_loss(model, random_sequences(3)) == pytest.approx(math.log(40), rel=0.5)
+    model = loading.load_model({"vocab_size": 40, "hidden_size": 16} | config, device="cpu")
+    assert mean_loss(model, random_sequences(3)) == pytest.approx(math.log(40), rel=0.5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -178,50 +182,50 @@ def test_torchs_attention_is_taken_where_there_is_a_choice(architecture):
 
 def test_unknown_models_are_clear_errors(tmp_path):
     with pytest.raises(OSError, match="nobody/nothing"):
-        models.load_model("nobody/nothing")
+        loading.load_model("nobody/nothing")
     with pytest.raises(ValueError, match="no-such-architecture"):
-        models.load_model({"model_type": "no-such-architecture"})
+        loading.load_model({"model_type": "no-such-architecture"})
 
 
 def test_a_token_that_pads_is_trained_like_any_other():
-    model = models.load_model(ARCHITECTURES["llama"] | {"pad_token_id": 7})
+    model = loading.load_model(ARCHITECTURES["llama"] | {"pad_token_id": 7})
     sequences = torch.full((1, 5), 7)
-    measures.sequence_losses(model, sequences).sum().backward()
+    sequence_losses(model, sequences).sum().backward()
     assert model.get_input_embeddings().weight.grad[7].abs().max() > 0
 
 
 def test_losses_and_gradients_stay_on_the_models_device():
     """Tensors of the meta device hold no data, and mixing them with others raises: a GPU's rules without a GPU."""
     model, sequences = tiny_model(dtype=torch.float32, device="meta"), random_sequences(4)
-    losses = measures.sequence_losses(model, sequences)
+    losses = sequence_losses(model, sequences)
     assert losses.device.type == "meta"
     assert losses.shape == (4,)
     gradients = torch.autograd.grad(losses.sum(), list(weights.parameters(model).values()))
     assert {g.device.type for g in gradients} == {"meta"}
     original = tiny_model(dtype=torch.float32, device="meta")
-    for loss in (gradient_ascent.gradient_difference_loss, gradient_ascent.kl_retain_loss(original)):
+    for loss in (first_order.gradient_difference_loss, first_order.kl_retain_loss(original)):
         assert loss(model, sequences, sequences).device.type == "meta"
     start = weights.snapshot(model)
     weights.set_weights(model, start, start, 0.5)
     assert weights.dot(start, start).device.type == "meta"
-    assert measures.log_probabilities(model, sequences).device.type == "meta"
+    assert log_probabilities(model, sequences).device.type == "meta"
 
 
 def test_smollm2_is_a_language_model():
-    tokenizer, model = models.load_tokenizer(models.SMOLLM2), models.load_model(models.SMOLLM2, device="cpu")
-    assert models.parameter_count(model) == 134_515_008
+    tokenizer, model = loading.load_tokenizer(loading.SMOLLM2), loading.load_model(loading.SMOLLM2, device="cpu")
+    assert loading.parameter_count(model) == 134_515_008
     prompt = torch.tensor(tokenizer("The capital of France is")["input_ids"])
     assert "Paris" in tokenizer.decode(extraction.continuations(model, prompt[None], 5)[0])
     english = tokenizer("It was the best of times, it was the worst of times, it was the age of wisdom.")
     english = torch.tensor([english["input_ids"]])
     shuffled = english[:, torch.randperm(english.shape[1], generator=torch.Generator().manual_seed(0))]
-    assert measures.mean_loss(model, english) < measures.mean_loss(model, shuffled) - 2
+    assert mean_loss(model, english) < mean_loss(model, shuffled) - 2
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_half_precision_leaves_a_cpu_in_float32(enabled):
     a = torch.ones(2, 2)
-    with models.half_precision(torch.device("cpu"), enabled):
+    with loading.half_precision(torch.device("cpu"), enabled):
         assert (a @ a).dtype == torch.float32
 
 
@@ -237,4 +241,4 @@ def test_half_precision_leaves_a_cpu_in_float32(enabled):
 def test_bfloat16_is_native_only_where_that_is_certain(monkeypatch, vectors, features, native):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert models.has_bfloat16(torch.device("cpu")) is native
+    assert loading.has_bfloat16(torch.device("cpu")) is native

@@ -9,7 +9,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unlearnlib import krylov, measures, models, newton, weights
+from unlearnlib import weights
+from unlearnlib.curvature import krylov, newton
+from unlearnlib.losses import log_probabilities, logits, sequence_losses
+from unlearnlib.models import loading
 
 VOCABULARY = 11
 
@@ -17,8 +20,8 @@ VOCABULARY = 11
 @pytest.fixture(scope="module")
 def model():
     """So small that its Hessian can be written down."""
-    config = models.small_opt(VOCABULARY, hidden_size=4, layers=1, heads=2, context=16)
-    model = models.load_model(config, dtype=torch.float64, device="cpu")
+    config = loading.small_opt(VOCABULARY, hidden_size=4, layers=1, heads=2, context=16)
+    model = loading.load_model(config, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():  # biases of zero would hide mistakes, and small weights saddles
@@ -32,12 +35,12 @@ SEQUENCES = random_sequences(5, 6) % VOCABULARY
 def moved(model, measure, row):
     """``measure(model, SEQUENCES)`` with all trainable weights taken from one row."""
     names = weights.unflatten(row, weights.parameters(model))
-    wrapped = newton._Outputs(model, measure)
+    wrapped = newton.Outputs(model, measure)
     return functional_call(wrapped, {f"model.{name}": p for name, p in names.items()}, (SEQUENCES,))
 
 
 @functools.cache
-def explicit_hessian(model, loss=measures.sequence_losses):
+def explicit_hessian(model, loss=sequence_losses):
     """Forward over reverse, column by column.
 
     Not by ``torch.func.hessian``, which vectorises the same thing and, in torch 2.13, gets the rows of the
@@ -55,13 +58,13 @@ def explicit_hessian(model, loss=measures.sequence_losses):
 def explicit_jacobian(model):
     """Derivatives of the logits with respect to all weights, shape [n, tokens, vocabulary, d]."""
     with sdpa_kernel(SDPBackend.MATH):
-        return jacrev(lambda row: moved(model, measures.logits, row))(weights.flatten(weights.snapshot(model)))
+        return jacrev(lambda row: moved(model, logits, row))(weights.flatten(weights.snapshot(model)))
 
 
 def explicit_gauss_newton(model):
     """JᵀBJ with B = (diag p − p pᵀ) for every token, averaged as the loss is."""
     jacobian = explicit_jacobian(model)
-    p = measures.log_probabilities(model, SEQUENCES).exp().detach()
+    p = log_probabilities(model, SEQUENCES).exp().detach()
     bend = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
     n, tokens = p.shape[:2]
     return torch.einsum("ntvi,ntvw,ntwj->ij", jacobian, bend, jacobian) / (n * tokens)
@@ -91,7 +94,7 @@ def test_gauss_newton_products_are_the_gauss_newton_matrixs(model):
 
 def test_any_loss_will_do(model):
     def squares(model, batch):
-        return 0.5 * measures.logits(model, batch).square().sum(dim=(1, 2))
+        return 0.5 * logits(model, batch).square().sum(dim=(1, 2))
 
     generator = torch.Generator().manual_seed(3)
     v = weights.random_vector(weights.parameters(model), generator)
@@ -122,7 +125,7 @@ def test_tied_and_frozen_weights(architecture):
     ends = []
     for sign in (1, -1):
         weights.set_weights(model, start, v, sign * step)
-        ends.append(weights.mean_gradient(model, sequences, measures.sequence_losses))
+        ends.append(weights.mean_gradient(model, sequences, sequence_losses))
     numeric = weights.flatten(weights.difference(*ends)) / (2 * step)
     assert ((weights.flatten(ours) - numeric).norm() / numeric.norm()).item() < tolerance
 

@@ -20,9 +20,9 @@ from myst_parser.mdit_to_docutils.sphinx_ import SphinxRenderer
 from myst_parser.parsers.mdit import create_md_parser
 from nbformat.v4 import new_code_cell, new_notebook
 
-from unlearnlib import notebooks
-from unlearnlib.build import _say, main
-from unlearnlib.notebooks import is_done, listed_notebooks, plan, run_notebooks
+from unlearnlib.book import notebooks
+from unlearnlib.book.build import _say, main
+from unlearnlib.book.notebooks import is_done, listed_notebooks, plan, run_notebooks
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = listed_notebooks(ROOT)
@@ -87,7 +87,7 @@ def test_executed_notebooks_name_no_folder_of_this_machine(book_site):
 
 
 def test_profiles_are_those_of_the_library():
-    from unlearnlib.profiles import PROFILES
+    from unlearnlib.experiment.profiles import PROFILES
 
     assert notebooks.MEMORY.keys() == PROFILES.keys()
 
@@ -265,7 +265,7 @@ def test_interrupted_it_stops_the_kernel_and_keeps_nothing(tmp_path, sign):
     cell = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
     root = make_root(tmp_path, slow=[cell])
     build = subprocess.Popen(
-        [sys.executable, "-m", "unlearnlib.build"],
+        [sys.executable, "-m", "unlearnlib.book.build"],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         # A shell starts background jobs with Ctrl-C ignored, and we may be in one: the build shall not be.

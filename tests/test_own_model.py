@@ -11,25 +11,16 @@ from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from unlearnlib import (
-    cache,
-    cost,
-    exposure,
-    kronecker,
-    measures,
-    models,
-    own_checks,
-    own_methods,
-    own_model,
-    own_rehearsal,
-    own_report,
-    own_request,
-    own_texts,
-    weights,
-)
-from unlearnlib.own_request import Request
-from unlearnlib.sequences import train_tokenizer
-from unlearnlib.training import Training, train
+from unlearnlib import cache, cost, weights
+from unlearnlib.curvature import kronecker
+from unlearnlib.losses import sequence_losses
+from unlearnlib.measures import exposure
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training, train
+from unlearnlib.own import checks, fulfil, methods, rehearsal, request, texts
+from unlearnlib.own import report as own_report
+from unlearnlib.own.request import Request
+from unlearnlib.texts.sequences import train_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -43,13 +34,13 @@ def tokenizer():
 def folder(tmp_path_factory, tokenizer):
     """Models of three architectures, each with a reference trained without the forget texts, and the files."""
     folder = tmp_path_factory.mktemp("own")
-    for name, texts in {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}.items():
-        write(folder / f"{name}.jsonl", texts)
+    for name, written in {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}.items():
+        write(folder / f"{name}.jsonl", written)
     files = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
-    material = own_texts.read_material(tokenizer, files, [], LENGTH)
+    material = texts.read_material(tokenizer, files, [], LENGTH)
     for architecture, config in ARCHITECTURES.items():
         for kind in ("model", "reference"):
-            model = models.load_model(config | {"vocab_size": 300}, device="cpu")
+            model = loading.load_model(config | {"vocab_size": 300}, device="cpu")
             known = [material.forget, material.retain] if kind == "model" else [material.retain]
             train(model, torch.cat(known), Training(epochs=20, learning_rate=1e-2), seed=0)
             if architecture == "llama" and kind == "model":
@@ -144,11 +135,11 @@ def must_not_be_measured(*args):
 
 
 def test_a_second_run_for_an_output_is_refused_at_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
     with cache.new_folder(tmp_path / "out"):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(BlockingIOError, match="another run is making"):
-            own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+            fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -158,9 +149,9 @@ def test_what_comes_to_the_place_of_the_output_stays(folder, tmp_path, monkeypat
         (tmp_path / "out" / "theirs").write_text("precious")
         return own_report.measure(*args)
 
-    monkeypatch.setattr(own_model, "measure", interfere)
+    monkeypatch.setattr(fulfil, "measure", interfere)
     with pytest.raises(FileExistsError, match="is left as it is: the finished folder is") as error:
-        own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+        fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
     [finished] = [path for path in tmp_path.iterdir() if path.name != "out"]
     assert str(finished) in str(error.value)
@@ -170,14 +161,14 @@ def test_what_comes_to_the_place_of_the_output_stays(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize("place", ["forget.jsonl/out", "x" * 300])
 def test_places_that_cannot_be_written_are_found_at_once(folder, tmp_path, monkeypatch, place):
-    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
     write(tmp_path / "forget.jsonl", FORGET)
     with pytest.raises(OSError, match="nothing can be written at"):
-        own_model.fulfil(make(folder, tmp_path / place), CPU)
+        fulfil.fulfil(make(folder, tmp_path / place), CPU)
 
 
 def test_a_long_name_is_a_name_like_any_other(folder, tmp_path):
-    own_model.fulfil(make(folder, tmp_path / ("x" * 250)), CPU)
+    fulfil.fulfil(make(folder, tmp_path / ("x" * 250)), CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]
 
 
@@ -187,78 +178,78 @@ def copy_of(folder, tmp_path):
 
 def test_models_that_cannot_be_used_are_errors(folder, tmp_path):
     with pytest.raises(OSError, match=r"there is no model '\./nowhere'"):
-        own_checks.outline("./nowhere")
+        checks.outline("./nowhere")
     copy = copy_of(folder, tmp_path)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match="quantized"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     with pytest.raises(ValueError, match="unheard-of"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").write_text(json.dumps({"model_type": "t5", "num_layers": 1}))
     with pytest.raises(ValueError, match=r"the architecture 't5' of .* cannot be used"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").write_text('{"model_type": "opt"')
     with pytest.raises(OSError, match=r"the configuration of .* cannot be read"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     foreign = {"model_type": "theirs", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (copy / "config.json").write_text(json.dumps(foreign))
     (copy / "code.py").write_text("raise SystemExit")
     with pytest.raises(ValueError, match="needs program code of its own, which is never run here"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has an adapter: merge it"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has an adapter: merge it"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "adapter_config.json").unlink()
     with pytest.raises(OSError, match=r"has no config\.json"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "model.safetensors").rename(copy / "other.safetensors")
     (copy / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(ValueError, match="no weights in safetensors"):
-        own_checks.outline(str(copy))
+        checks.outline(str(copy))
 
 
 def test_files_and_folders_that_cannot_be_read_are_no_models(folder, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(OSError, match=r"model\.gguf is a file: give the folder of a model"):
-        own_checks.outline(str(tmp_path / "model.gguf"))
+        checks.outline(str(tmp_path / "model.gguf"))
 
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(own_checks.Path, "iterdir", forbid)
+    monkeypatch.setattr(checks.Path, "iterdir", forbid)
     with pytest.raises(OSError, match=r"the folder .*model cannot be read: .*Permission denied"):
-        own_checks.outline(str(folder / "opt" / "model"))
+        checks.outline(str(folder / "opt" / "model"))
 
 
 def test_pickled_weights_are_not_loaded_from_the_hub_either(folder, tmp_path):
     copy = copy_of(folder, tmp_path)
     torch.save(load(copy).state_dict(), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    models.load_model(copy, device="cpu")  # the book's own loader may
+    loading.load_model(copy, device="cpu")  # the book's own loader may
     with pytest.raises(OSError, match="safetensors"):
-        own_checks.load(copy, device="cpu")
+        checks.load(copy, device="cpu")
 
 
 @pytest.mark.parametrize("adapter", ["adapter_config.json", None])
 def test_nor_is_a_model_beside_its_adapter(monkeypatch, adapter):
-    config = models.load_model(ARCHITECTURES["opt"], device="meta").config
-    monkeypatch.setattr(models, "load_config", lambda source: config)
+    config = loading.load_model(ARCHITECTURES["opt"], device="meta").config
+    monkeypatch.setattr(loading, "load_config", lambda source: config)
     asked = []
     monkeypatch.setattr(
-        own_checks, "find_adapter_config_file", lambda *args, **kw: asked.append((args, kw)) or adapter
+        checks, "find_adapter_config_file", lambda *args, **kw: asked.append((args, kw)) or adapter
     )
     if adapter:
         with pytest.raises(ValueError, match="nobody/adapted@v2 has an adapter: merge it"):
-            own_checks.outline("nobody/adapted@v2")
+            checks.outline("nobody/adapted@v2")
     else:
-        own_checks.outline("nobody/adapted@v2")
+        checks.outline("nobody/adapted@v2")
     assert asked == [(("nobody/adapted",), {"revision": "v2"})]
 
 
@@ -268,35 +259,35 @@ def test_tokenizers_that_do_not_belong_are_errors(folder, tmp_path, tokenizer):
     assert len(larger) == 310
     larger.save_pretrained(request.model)
     with pytest.raises(ValueError, match="has 310 entries, the model's table 300 rows"):
-        own_checks.prepare(request, CPU)
+        checks.prepare(request, CPU)
     with pytest.raises(ValueError, match="another vocabulary than the model"):
-        own_checks.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
+        checks.prepare(make(folder, tmp_path / "out", reference=request.model), CPU)
     gap = json.loads((folder / "opt" / "model" / "tokenizer.json").read_text())
     gap["model"]["vocab"] |= {token: 309 for token, i in gap["model"]["vocab"].items() if i == 299}
     (Path(request.model) / "tokenizer.json").write_text(json.dumps(gap))  # 300 entries, of which one is number 309
     with pytest.raises(ValueError, match="has 310 entries, the model's table 300 rows"):
-        own_checks.prepare(request, CPU)
+        checks.prepare(request, CPU)
     endless = AutoTokenizer.from_pretrained(folder / "opt" / "model")
     endless.eos_token = None
     endless.save_pretrained(request.model)
     with pytest.raises(ValueError, match="no token that ends a text"):
-        own_checks.prepare(request, CPU)
+        checks.prepare(request, CPU)
     for file in (tmp_path / "copy").glob("*token*"):
         file.unlink()
     with pytest.raises(OSError, match="there is no tokenizer with the model"):
-        own_checks.prepare(request, CPU)
+        checks.prepare(request, CPU)
 
 
 def test_sequences_must_fit_the_context(folder, tmp_path):
     with pytest.raises(ValueError, match="length 33 is more than the model's context of 32"):
-        own_checks.prepare(make(folder, tmp_path / "out", length=33), CPU)
+        checks.prepare(make(folder, tmp_path / "out", length=33), CPU)
     copy = copy_of(folder, tmp_path)
-    model = models.load_model(
+    model = loading.load_model(
         ARCHITECTURES["opt"] | {"vocab_size": 300, "max_position_embeddings": 19}, device="cpu"
     )
     model.save_pretrained(copy)
     with pytest.raises(ValueError, match="length 20 is more than the reference's context of 19"):
-        own_checks.prepare(make(folder, tmp_path / "out", reference=str(copy)), CPU)
+        checks.prepare(make(folder, tmp_path / "out", reference=str(copy)), CPU)
 
 
 # The rehearsal
@@ -322,37 +313,37 @@ ELSEWHERE = {
 def test_a_method_that_cannot_work_is_refused_with_those_that_do(folder, tmp_path, monkeypatch, architecture):
     """That is said before anything is measured, and what is advised works to the end."""
     source = str(tmp_path / "model")
-    models.load_model(ELSEWHERE[architecture], device="cpu").save_pretrained(source)
+    loading.load_model(ELSEWHERE[architecture], device="cpu").save_pretrained(source)
     AutoTokenizer.from_pretrained(folder / "opt" / "model").save_pretrained(source)
     with monkeypatch.context() as patch:
-        patch.setattr(own_model, "measure", must_not_be_measured)
+        patch.setattr(fulfil, "measure", must_not_be_measured)
         for method in ("fisher_dual", "kfac"):
             request = make(folder, tmp_path / "out", model=source, method=method)
             message = f"{method} cannot work .* choose gradient_ascent or "
             with pytest.raises(NotImplementedError, match=message) as error:
-                own_model.fulfil(request, CPU)
+                fulfil.fulfil(request, CPU)
             assert not re.search("freeze|FisherDual", str(error.value))
     if architecture in ("mixtral", "mamba"):  # of two is enough: it takes time
         for method in str(error.value).rpartition(": choose ")[2].split(" or "):
             request = make(folder, tmp_path / method, model=source, method=method, strength=1, damping=1.0)
-            own_model.fulfil(request, CPU)
+            fulfil.fulfil(request, CPU)
 
 
 def test_weights_that_take_no_part_leave_the_methods_that_do_not_mind(folder, tmp_path):
     model = load(folder / "opt" / "model")
     model.vision = torch.nn.Linear(2, 2)
     with pytest.raises(NotImplementedError, match=r"kfac cannot work .*: choose gradient_difference$"):
-        own_rehearsal.check_method(model, TWO, make(folder, tmp_path / "out", method="kfac"))
+        rehearsal.check_method(model, TWO, make(folder, tmp_path / "out", method="kfac"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", own_request.STRENGTHS)
+@pytest.mark.parametrize("method", request.STRENGTHS)
 def test_a_rehearsal_changes_nothing(folder, tmp_path, architecture, method):
     model = load(folder / architecture / "model")
     before = weights.snapshot(model)
     request = make(folder, tmp_path / "out", architecture, method=method, strength=1)
-    own_rehearsal.check_measuring(model, TWO, "a model")
-    own_rehearsal.check_method(model, TWO, request)
+    rehearsal.check_measuring(model, TWO, "a model")
+    rehearsal.check_method(model, TWO, request)
     after = weights.snapshot(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(p.grad is None for p in model.parameters())
@@ -362,8 +353,8 @@ def test_a_model_that_sees_what_it_predicts_is_refused():
     config = {"model_type": "bert", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}
     with pytest.raises(ValueError, match=r"from those that come after them.* is_decoder"):
-        own_rehearsal.check_measuring(models.load_model(config, device="cpu"), TWO, "bert")
-    own_rehearsal.check_measuring(models.load_model(config | {"is_decoder": True}, device="cpu"), TWO, "bert")
+        rehearsal.check_measuring(loading.load_model(config, device="cpu"), TWO, "bert")
+    rehearsal.check_measuring(loading.load_model(config | {"is_decoder": True}, device="cpu"), TWO, "bert")
 
 
 def test_positions_that_begin_later_leave_less_context():
@@ -380,10 +371,10 @@ def test_positions_that_begin_later_leave_less_context():
         "max_position_embeddings": LENGTH,
         "is_decoder": True,
     }
-    model = models.load_model(config, device="cpu")
+    model = loading.load_model(config, device="cpu")
     with pytest.raises(ValueError, match=r"roberta cannot read sequences of 20 tokens .*: take a smaller length"):
-        own_rehearsal.check_measuring(model, TWO, "roberta")
-    own_rehearsal.check_measuring(model, TWO[:, :18], "roberta")
+        rehearsal.check_measuring(model, TWO, "roberta")
+    rehearsal.check_measuring(model, TWO[:, :18], "roberta")
 
 
 @pytest.mark.parametrize(
@@ -403,26 +394,26 @@ def test_damaged_weights_are_found_first(folder, tmp_path, monkeypatch, architec
     rows.data[0] = value
     copy = copy_of(folder, tmp_path)
     model.save_pretrained(copy)
-    monkeypatch.setattr(own_model, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
     for changes in ({"model": str(copy)}, {"reference": str(copy)}):
         with pytest.raises(FloatingPointError, match=message):
-            own_model.fulfil(make(folder, tmp_path / "out", **changes), CPU)
+            fulfil.fulfil(make(folder, tmp_path / "out", **changes), CPU)
 
 
 def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path, monkeypatch):
     request = make(folder, tmp_path / "out", method="kfac")
-    _, needed = own_checks.prepare(request, CPU)
-    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed)
-    own_checks.prepare(request, CPU)
-    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed - 1)
+    _, needed = checks.prepare(request, CPU)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: needed)
+    checks.prepare(request, CPU)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: needed - 1)
     number = f"{needed / 2**30:.1f}"
     with pytest.raises(MemoryError, match=f"about {number} GiB of memory, and {number} GiB are free: take"):
-        own_model.fulfil(request, CPU)
+        fulfil.fulfil(request, CPU)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(own_checks, "available_bytes", lambda device: needed)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(OSError, match=r"needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
-        own_model.fulfil(request, CPU)
+        fulfil.fulfil(request, CPU)
 
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])
@@ -430,10 +421,10 @@ def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, method):
     request = make(folder, tmp_path / "out", method=method, strength=1, damping=1e-3)
     model = load(request.model)
     sequences = torch.randint(300, (96, LENGTH), generator=torch.Generator().manual_seed(0))
-    material = own_texts.Material(None, sequences[:40], sequences[40:], None, [])
-    used = cost.measure(lambda: own_model.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
-    used += 4 * models.parameter_count(model)
-    needed = own_checks.needed_bytes(request, model, len(material.estimation))
+    material = texts.Material(None, sequences[:40], sequences[40:], None, [])
+    used = cost.measure(lambda: fulfil.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
+    used += 4 * loading.parameter_count(model)
+    needed = checks.needed_bytes(request, model, len(material.estimation))
     assert used < needed < 4 * used
 
 
@@ -459,14 +450,14 @@ def explicit_direction(method, model, material, damping):
 def test_what_is_written_is_the_start_plus_strength_times_direction(folder, tmp_path, method):
     request = make(folder, tmp_path / "out", "gpt2", method=method, strength=0.02, damping=0.01)
     before = hashes(folder / "gpt2" / "model")
-    own_model.fulfil(request, CPU)
+    fulfil.fulfil(request, CPU)
     assert hashes(folder / "gpt2" / "model") == before
     model, written = load(request.model), load(request.output)
     # GPT-2 was trained with dropout. There is none while we edit, but what is written keeps the setting.
     configs = [AutoConfig.from_pretrained(path) for path in (request.model, request.output)]
     assert [config.resid_pdrop for config in configs] == [0.1, 0.1]
     assert [config.attn_pdrop for config in configs] == [0.1, 0.1]
-    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    material, _ = checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     moved = weights.flatten(weights.difference(weights.snapshot(written), weights.snapshot(model))).double()
     expected = 0.02 * explicit_direction(method, model, material, 0.01)
     assert (moved - expected).norm() < 1e-3 * expected.norm()
@@ -486,7 +477,7 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
         learning_rate=1e-3,
     )
     before = [hashes(folder / architecture / kind) for kind in ("model", "reference")]
-    report = own_model.fulfil(request, CPU)
+    report = fulfil.fulfil(request, CPU)
     assert [hashes(folder / architecture / kind) for kind in ("model", "reference")] == before
     rounding = 0.05 if architecture == "llama" else 0.0  # its source is in bfloat16, and so is what is written
     assert load(request.output).dtype == torch.float32
@@ -495,7 +486,7 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
     assert AutoTokenizer.from_pretrained(request.output).get_vocab() == (
         AutoTokenizer.from_pretrained(request.model).get_vocab()
     )
-    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    material, _ = checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     goal = loss(load(request.reference), material.forget).item()
     written, values = load(request.output), report["measures"]
     assert report["result"]["reached"]
@@ -522,14 +513,14 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
 
 def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path):
     request = make(folder, tmp_path / "out", method="kfac", strength="match", target_loss=4.0)
-    report = own_model.fulfil(request, CPU)
-    material, _ = own_checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    report = fulfil.fulfil(request, CPU)
+    material, _ = checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     model = load(request.model)
-    start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, measures.sequence_losses)
+    start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, sequence_losses)
     factors, found = kronecker.kfac(model, material.estimation), {}
-    for damping in own_methods.DAMPINGS:
+    for damping in methods.DAMPINGS:
         direction = factors.solve(delta, damping)
-        if own_methods.match_direction(model, start, direction, material.forget, 4.0).reached:
+        if methods.match_direction(model, start, direction, material.forget, 4.0).reached:
             found[damping] = loss(model, material.validation).item()
         weights.set_weights(model, start)
     assert report["result"]["damping"] == min(found, key=found.__getitem__)
@@ -538,7 +529,7 @@ def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path)
 def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
     settings = {"method": "fisher_forgetting", "strength": 1e-9, "damping": 1e-2, "noise": 0.05}
     request = make(folder, tmp_path / "out", **settings)
-    own_model.fulfil(request, CPU)
+    fulfil.fulfil(request, CPU)
     start = weights.snapshot(load(request.model))
     moved = weights.difference(weights.snapshot(load(request.output)), start)
     assert weights.norm(moved) == pytest.approx(0.05 * weights.norm(start), rel=1e-3)
@@ -546,7 +537,7 @@ def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
 
 def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
     request = make(folder, tmp_path / "out", method="gradient_difference", strength=3, learning_rate=1e-4)
-    report = own_model.fulfil(request, CPU)
+    report = fulfil.fulfil(request, CPU)
     start = weights.snapshot(load(request.model))
     moved = weights.flatten(weights.difference(weights.snapshot(load(request.output)), start)).abs()
     assert 1.5e-4 < moved.max() < 3.3e-4  # Adam moves a weight by its learning rate a step at most, or hardly more
@@ -554,20 +545,20 @@ def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
 
 
 def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_methods, "MOST_STEPS", 2)
+    monkeypatch.setattr(methods, "MOST_STEPS", 2)
     settings = {"method": "gradient_difference", "strength": "match", "target_loss": 9.0}
-    report = own_model.fulfil(make(folder, tmp_path / "up", **settings), CPU)
+    report = fulfil.fulfil(make(folder, tmp_path / "up", **settings), CPU)
     assert not report["result"]["reached"]
     assert any("target loss of 9.00 nats was not reached" in warning for warning in report["warnings"])
     settings |= {"method": "kfac", "target_loss": 0.001}  # below where the model is
-    report = own_model.fulfil(make(folder, tmp_path / "down", **settings), CPU)
+    report = fulfil.fulfil(make(folder, tmp_path / "down", **settings), CPU)
     assert not report["result"]["reached"]
     assert any("nothing was changed: the model's loss" in warning for warning in report["warnings"])
 
 
 def test_a_strength_that_destroys_the_model_is_an_error(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="smaller strength"):
-        own_model.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
+        fulfil.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -576,13 +567,13 @@ def test_so_is_one_that_does_so_on_rounding_only(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float16).save_pretrained(copy)
     request = make(folder, tmp_path / "out", model=str(copy), strength=2e7)
     with pytest.raises(FloatingPointError, match="weights too large for float16: take a smaller strength"):
-        own_model.fulfil(request, CPU)
+        fulfil.fulfil(request, CPU)
     assert list(tmp_path.iterdir()) == [copy]
 
 
 def test_losses_that_are_not_finite_are_errors(folder, tmp_path):
     request = make(folder, tmp_path / "out")
-    material, _ = own_checks.prepare(request, CPU)
+    material, _ = checks.prepare(request, CPU)
     model = load(request.model)
     model.lm_head.weight.data[5] = float("inf")
     with pytest.raises(FloatingPointError, match=r"the loss on .* is not finite"):
@@ -591,7 +582,7 @@ def test_losses_that_are_not_finite_are_errors(folder, tmp_path):
 
 def test_a_probe_that_diverges_has_no_value(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(own_report.relearning, "relearning_curve", lambda *args: [3.0, float("nan")])
-    report = own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+    report = fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
     assert report["measures"]["after"]["relearned_fall"] is None
     assert any("the relearning probe diverged" in warning for warning in report["warnings"])
     json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=must_not_be_measured)
@@ -609,8 +600,8 @@ def test_the_report_has_the_hashes_of_what_was_read(folder, tmp_path, monkeypatc
             write(path, HOLDOUT)
         return own_report.measure(*args)
 
-    monkeypatch.setattr(own_model, "measure", interfere)
-    report = own_model.fulfil(make(folder, tmp_path / "out", forget_file=str(path)), CPU)
+    monkeypatch.setattr(fulfil, "measure", interfere)
+    report = fulfil.fulfil(make(folder, tmp_path / "out", forget_file=str(path)), CPU)
     assert report["request"]["files"]["forget"] == {"name": "request.jsonl", "sha256": expected}
 
 
@@ -621,7 +612,7 @@ def test_code_that_was_not_used_is_not_referred_to(folder, tmp_path):
         "tokenizer_config.json": {"AutoTokenizer": ["code.T", None]},
     }.items():
         (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"auto_map": auto_map}))
-    own_model.fulfil(make(folder, tmp_path / "out", model=str(copy)), CPU)
+    fulfil.fulfil(make(folder, tmp_path / "out", model=str(copy)), CPU)
     assert not any(b"auto_map" in file.read_bytes() for file in (tmp_path / "out").iterdir())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -629,7 +620,7 @@ def test_code_that_was_not_used_is_not_referred_to(folder, tmp_path):
 
 @pytest.mark.parametrize("broken", ["as_markdown", "measure"])
 def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
-    calls, real = [], getattr(own_model, broken)
+    calls, real = [], getattr(fulfil, broken)
 
     def interrupt(*args):
         calls.append(args)
@@ -638,7 +629,7 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
         assert any(tmp_path.iterdir())  # now there is something half-written
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(own_model, broken, interrupt)
+    monkeypatch.setattr(fulfil, broken, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        own_model.fulfil(make(folder, tmp_path / "out"), CPU)
+        fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
     assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,9 @@ import re
 import pytest
 import torch
 
-from unlearnlib import measures, own_report, own_warnings
+from unlearnlib.measures.evaluation import membership_auc
+from unlearnlib.own import report as own_report
+from unlearnlib.own import warnings
 
 
 def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
@@ -23,10 +25,10 @@ def test_chance_is_hardly_ever_called_an_attack(n, m):
     """Scores without any difference give an area that is warned of about once in twenty times at most."""
     draw, alarms = torch.Generator().manual_seed(0), 0
     for _ in range(400):
-        auc = measures.membership_auc(torch.rand(n, generator=draw), torch.rand(m, generator=draw))
+        auc = membership_auc(torch.rand(n, generator=draw), torch.rand(m, generator=draw))
         error = own_report.auc_error(auc, n, m)
         report = report_of({"membership_auc": auc, "membership_auc_error": error}, sequences=(n, m))
-        alarms += any("AUC" in w and "and not" in w for w in own_warnings.warnings_of(report))
+        alarms += any("AUC" in w and "and not" in w for w in warnings.warnings_of(report))
     assert alarms <= 28
 
 
@@ -58,7 +60,7 @@ def report_of(after, reference="same", before=None, sequences=(400, 4000), metho
 
 
 def test_a_report_without_a_fault_has_no_warnings():
-    assert own_warnings.warnings_of(report_of({})) == []
+    assert warnings.warnings_of(report_of({})) == []
 
 
 @pytest.mark.parametrize(
@@ -90,12 +92,12 @@ def test_a_report_without_a_fault_has_no_warnings():
     ],
 )
 def test_each_fault_has_its_warning(report, message):
-    [warning] = own_warnings.warnings_of(report)
+    [warning] = warnings.warnings_of(report)
     assert re.search(message, warning)
 
 
 def test_the_fall_when_relearning_is_told_from_what_exceeds_the_references():
     report = report_of({"relearned_fall": 0.5})
     report["measures"]["reference"]["relearned_fall"] = 0.2
-    [warning] = own_warnings.warnings_of(report)
+    [warning] = warnings.warnings_of(report)
     assert "falls by 0.50 nats, 0.30 more than in the reference: part of the texts may be hidden" in warning

@@ -5,8 +5,8 @@ import torch
 from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, sentences, write
 from tokenizers import processors
 
-from unlearnlib import own_files, own_texts
-from unlearnlib.sequences import train_tokenizer
+from unlearnlib.own import files, texts
+from unlearnlib.texts.sequences import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,13 @@ def tokenizer():
 def test_json_lines_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"text": "one\u2028two"}\r\n\r\n{"id": 3, "text": " three "}'.encode())
-    assert own_files.read_texts(path) == ["one\u2028two", " three "]
+    assert files.read_texts(path) == ["one\u2028two", " three "]
 
 
 def test_plain_texts_are_parted_by_blank_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\nstill one\r\n \t\r\n\r\n\r\ntwo\n")
-    assert own_files.read_texts(path) == ["one\nstill one", "two"]
+    assert files.read_texts(path) == ["one\nstill one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -57,34 +57,34 @@ def test_bad_files_are_errors_with_the_number_of_the_line(tmp_path, name, conten
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        own_files.read_texts(path)
+        files.read_texts(path)
 
 
 def test_plain_text_may_begin_with_a_bracket(tmp_path):
     (tmp_path / "a.txt").write_text("[1] A footnote.\n\n{not JSON}\n")
-    assert own_files.read_texts(tmp_path / "a.txt") == ["[1] A footnote.", "{not JSON}"]
+    assert files.read_texts(tmp_path / "a.txt") == ["[1] A footnote.", "{not JSON}"]
 
 
 @pytest.mark.parametrize("content", ["id\ttext\n1\tone\n2\ttwo\n", "one\ntwo\nthree\n"])
 def test_lines_that_are_read_as_one_text_are_warned_about(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
-    [warning] = own_files.read_file(tmp_path / "a.txt").warnings
+    [warning] = files.read_file(tmp_path / "a.txt").warnings
     assert "the 3 lines of a.txt are read as a single text" in warning
     (tmp_path / "b.txt").write_text("one\n\ntwo\nlines\n")
-    assert own_files.read_file(tmp_path / "b.txt").warnings == []
+    assert files.read_file(tmp_path / "b.txt").warnings == []
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        own_files.read_texts(tmp_path / "nowhere.jsonl")
+        files.read_texts(tmp_path / "nowhere.jsonl")
 
 
 def read(tmp_path, tokenizer, forget, retain, holdout=None, secrets=(), length=LENGTH):
-    texts = {"forget": forget, "retain": retain, "holdout": holdout}
-    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in texts.items() if found}
-    material = own_texts.read_material(tokenizer, files, secrets, length)
+    written = {"forget": forget, "retain": retain, "holdout": holdout}
+    files = {name: write(tmp_path / f"{name}.jsonl", found) for name, found in written.items() if found}
+    material = texts.read_material(tokenizer, files, secrets, length)
     few = [warning for warning in material.warnings if "λ is chosen" in warning]
-    assert len(few) == (len(material.validation) < own_texts.FEW)
+    assert len(few) == (len(material.validation) < texts.FEW)
     return dataclasses.replace(material, warnings=[w for w in material.warnings if w not in few])
 
 
@@ -129,7 +129,7 @@ def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
 
 def test_passages_that_stay_are_counted(tmp_path, tokenizer):
     quoting = "goose " + FORGET[0] + " salt"
-    assert len(tokenizer(FORGET[0])["input_ids"]) > own_texts.PASSAGE
+    assert len(tokenizer(FORGET[0])["input_ids"]) > texts.PASSAGE
     [warning] = read(tmp_path, tokenizer, FORGET, [*RETAIN, quoting]).warnings
     assert "1 of 7 texts to be forgotten have 32 tokens in a row" in warning
     assert "texts that are kept" in warning
@@ -140,7 +140,7 @@ def test_passages_that_stay_are_counted(tmp_path, tokenizer):
 @pytest.mark.parametrize("where", ["retain", "holdout"])
 def test_so_are_short_texts_that_stay_whole(tmp_path, tokenizer, where):
     short = ["Q: what of the goose? A: salt", "Q: what of the crown? A: the fox"]
-    assert all(len(tokenizer(text)["input_ids"]) < own_texts.PASSAGE for text in short)
+    assert all(len(tokenizer(text)["input_ids"]) < texts.PASSAGE for text in short)
     texts = {"forget": [*FORGET, *short], "retain": RETAIN, "holdout": HOLDOUT}
     assert read(tmp_path, tokenizer, **texts).warnings == []
     texts[where] = [*texts[where], "winter  " + short[0].replace(" ", "\n", 1) + " mill"]
@@ -164,7 +164,7 @@ def test_validation_is_of_all_kinds_in_a_sorted_file(tmp_path, tokenizer):
 
 def test_few_validation_sequences_are_said(tmp_path, tokenizer):
     files = {"forget": write(tmp_path / "f.jsonl", FORGET), "retain": write(tmp_path / "r.jsonl", RETAIN[:2])}
-    material = own_texts.read_material(tokenizer, files, [], LENGTH)
+    material = texts.read_material(tokenizer, files, [], LENGTH)
     assert any("damage measured, on only 1 of the sequences" in w for w in material.warnings)
 
 

@@ -4,8 +4,9 @@ import re
 import pytest
 import torch
 
-from unlearnlib import exposure, planting
-from unlearnlib.planting import Secret
+from unlearnlib.measures import exposure
+from unlearnlib.texts import planting
+from unlearnlib.texts.planting import Secret
 
 
 def test_secrets_are_reproducible_and_differ():

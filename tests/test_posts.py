@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 
-from unlearnlib import posts, wheels
+from unlearnlib.texts import posts, wheels
 
 HEADERS = "Path: here!there!everywhere\nFrom: ann@example.org (Ann  Example)\nNewsgroups: sci.space,sci.misc\n"
 RAW = HEADERS + "Subject: Re: the\n moon\nX: <1@example.org>\n\nDear all,\n\n  two  blanks\tand a tab \n.\n"

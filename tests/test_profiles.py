@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers import TINY, random_sequences, tiny_model
 
-from unlearnlib import experiment, models, profiles, training, weights
-from unlearnlib.data import load_corpus
-from unlearnlib.sequences import make_splits, train_tokenizer
-from unlearnlib.training import Run, Training
+from unlearnlib import weights
+from unlearnlib.experiment import case, profiles
+from unlearnlib.models import loading, training
+from unlearnlib.models.training import Run, Training
+from unlearnlib.texts.corpora import load_corpus
+from unlearnlib.texts.sequences import make_splits, train_tokenizer
 
 
 @pytest.mark.parametrize("name", profiles.PROFILES)
@@ -39,7 +41,7 @@ def test_the_tales_hold_enough_text_for_every_real_model(name):
 def test_only_the_last_blocks_are_trained_and_edited(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
     run = Run(TINY, random_sequences(8), Training(epochs=2, batch_size=4, learning_rate=1e-2), 0, last_blocks=1)
-    before, after = models.load_model(TINY, seed=0), training.load_trained(run)
+    before, after = loading.load_model(TINY, seed=0), training.load_trained(run)
     assert {name for name in weights.parameters(after) if ".layers.1." not in name} == set()
     changed = {
         name
@@ -54,10 +56,10 @@ def test_only_the_last_blocks_are_trained_and_edited(tmp_path, monkeypatch):
 def test_the_last_blocks_are_found_in_every_architecture(architecture):
     model = tiny_model(architecture)
     total = len(weights.parameters(model))
-    models.train_last_blocks(model, 1)
+    loading.train_last_blocks(model, 1)
     one = len(weights.parameters(model))
     model = tiny_model(architecture)
-    models.train_last_blocks(model, 2)
+    loading.train_last_blocks(model, 2)
     assert 0 < one < total
     assert len(weights.parameters(model)) == 2 * one < total
 
@@ -65,16 +67,16 @@ def test_the_last_blocks_are_found_in_every_architecture(architecture):
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_model_of_two_blocks_has_no_other_number_to_train(number):
     with pytest.raises(ValueError, match=f"last {number} of 2 blocks"):
-        models.train_last_blocks(tiny_model(), number)
+        loading.train_last_blocks(tiny_model(), number)
 
 
 def test_a_case_trains_all_its_models_alike():
     settings = profiles.real_model(profiles.get_profile("quick"))
     sequences = random_sequences(4)
-    splits = experiment.Splits(
+    splits = case.Splits(
         sequences[:1], sequences[1:3], sequences[3:], {n: [] for n in ("forget", "retain", "holdout")}
     )
-    runs = experiment.Case(settings, 0, None, splits).runs()
+    runs = case.Case(settings, 0, None, splits).runs()
     assert {run.last_blocks for run in runs.values()} == {settings.last_blocks}
 
 
@@ -92,6 +94,6 @@ def test_architectures_differ_in_the_model_alone(name):
         assert all(len(name.partition("@")[2]) == 40 for name in names)  # pinned to a commit
         return
     for sizes in found.values():
-        counts = [models.parameter_count(models.load_model(size.model, device="meta")) for size in sizes]
+        counts = [loading.parameter_count(loading.load_model(size.model, device="meta")) for size in sizes]
         assert counts == sorted(set(counts))
         assert len({size.model["model_type"] for size in sizes}) == 1

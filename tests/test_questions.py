@@ -4,8 +4,10 @@ import datasets
 import pytest
 import torch
 
-from unlearnlib import exposure, models, questions, sequences
-from unlearnlib.questions import Question
+from unlearnlib.measures import exposure
+from unlearnlib.models import loading
+from unlearnlib.texts import questions, sequences
+from unlearnlib.texts.questions import Question
 
 TEXTS = [f"Question: How many eggs has hen {n}?\nAnswer: {n * 7} and {n % 3}\n#### {n * 7}" for n in range(2, 200)]
 CHOICES = datasets.Dataset.from_dict(
@@ -34,8 +36,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    source = models.small_opt(len(tokenizer), hidden_size=32, layers=2, heads=2, context=64)
-    return models.load_model(source, seed=0, dtype=torch.float64, device="cpu")
+    source = loading.small_opt(len(tokenizer), hidden_size=32, layers=2, heads=2, context=64)
+    return loading.load_model(source, seed=0, dtype=torch.float64, device="cpu")
 
 
 def test_losses_are_those_of_each_option_alone(model, tokenizer):

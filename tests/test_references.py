@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from unlearnlib import data, profiles, wheels
+from unlearnlib.experiment import profiles
+from unlearnlib.texts import corpora, wheels
 
 ROOT = Path(__file__).parents[1]
 PROSE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "book").glob("*.md"))}
@@ -43,13 +44,13 @@ def test_no_work_has_two_entries():
     assert len(titles) == len(set(titles))
 
 
-@pytest.mark.parametrize("name", data.CORPORA)
+@pytest.mark.parametrize("name", corpora.CORPORA)
 def test_every_corpus_has_its_licence_on_the_page_on_data(name):
     line = row_of(name)
-    licence = data.ABOUT[name].licence.casefold()
+    licence = corpora.ABOUT[name].licence.casefold()
     assert licence in line.casefold().replace("[", "").replace("]", "")
-    if name in data.HUB:
-        assert f"`{data.HUB[name][0]}`" in line
+    if name in corpora.HUB:
+        assert f"`{corpora.HUB[name][0]}`" in line
     if name != "tales":  # nobody is named as their translator
         assert "{cite:p}`" in line
 

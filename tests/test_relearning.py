@@ -4,8 +4,11 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_model
 
-from unlearnlib import gradient_ascent, matching, measures, relearning, training
-from unlearnlib.training import Training
+from unlearnlib.losses import mean_loss
+from unlearnlib.measures import relearning
+from unlearnlib.methods import first_order, matching
+from unlearnlib.models import training
+from unlearnlib.models.training import Training
 
 
 def test_curve_against_a_hand_written_loop():
@@ -19,15 +22,15 @@ def test_curve_against_a_hand_written_loop():
         optimizer.zero_grad()
         twin(input_ids=forget[::2], labels=forget[::2]).loss.backward()
         optimizer.step()
-    expected.append(measures.mean_loss(twin, forget[1::2]))
+    expected.append(mean_loss(twin, forget[1::2]))
     assert curve == pytest.approx(expected, rel=1e-4)  # transformers' own loss is in float32
 
 
 def test_the_probe_leaves_the_model_alone():
     model, forget = tiny_model(), random_sequences(6)
-    before = measures.mean_loss(model, forget)
+    before = mean_loss(model, forget)
     relearning.relearning_curve(model, forget, steps=2, learning_rate=1e-2)
-    assert measures.mean_loss(model, forget) == before
+    assert mean_loss(model, forget) == before
 
 
 def test_what_shares_its_content_comes_back_and_what_does_not_stays_away():
@@ -49,9 +52,9 @@ def test_what_ascent_hid_falls_further_than_what_was_never_learnt():
     settings = Training(epochs=80, learning_rate=2e-2, batch_size=8)
     training.train(knows, torch.cat([forget, other]), settings, seed=0)
     training.train(never, other, settings, seed=0)
-    target = measures.mean_loss(never, forget)
+    target = mean_loss(never, forget)
     optimizer = torch.optim.SGD(knows.parameters(), lr=1e-2)
-    steps = gradient_ascent.descend(knows, gradient_ascent.ascent_loss, forget, other, optimizer, seed=0)
-    assert matching.match_steps(knows, steps, lambda: measures.mean_loss(knows, forget), target).reached
+    steps = first_order.descend(knows, first_order.ascent_loss, forget, other, optimizer, seed=0)
+    assert matching.match_steps(knows, steps, lambda: mean_loss(knows, forget), target).reached
     falls = [relearning.fall(relearning.relearning_curve(m, forget, 30, 1e-3)) for m in (knows, never)]
     assert falls[0] > falls[1] + 0.1

@@ -8,9 +8,13 @@ from helpers import VOCABULARY, random_sequences, tiny_model
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from unlearnlib import experiment, matching, measures, models, profiles, repeated, weights
-from unlearnlib.sequences import Splits
-from unlearnlib.training import Training
+from unlearnlib import weights
+from unlearnlib.experiment import case, profiles, repeated_requests
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods import matching
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
+from unlearnlib.texts.sequences import Splits
 
 DAMPING = 0.1
 
@@ -20,13 +24,11 @@ def make_case():
     profile = dataclasses.replace(
         profiles.PROFILES["quick"],
         corpus="tales",
-        model=models.small_opt(VOCABULARY, hidden_size=16, layers=1, heads=2),
+        model=loading.small_opt(VOCABULARY, hidden_size=16, layers=1, heads=2),
         training=Training(epochs=2, learning_rate=1e-2),
     )
     rows = random_sequences(42, seed=9).split([4, 32, 6])
-    return experiment.Case(
-        profile, 3, None, Splits(*rows, documents={n: [n] for n in ("forget", "retain", "holdout")})
-    )
+    return case.Case(profile, 3, None, Splits(*rows, documents={n: [n] for n in ("forget", "retain", "holdout")}))
 
 
 def loss(model, sequences):
@@ -91,7 +93,7 @@ def trained_gradient(model, sequences):
 
 
 def target_above(model, forget=FORGET):
-    return measures.mean_loss(model, forget) + 0.05
+    return mean_loss(model, forget) + 0.05
 
 
 # The series
@@ -99,7 +101,7 @@ def target_above(model, forget=FORGET):
 
 def test_sets_are_cut_from_the_forget_sequences_and_then_from_the_retain_sequences():
     case = make_case()
-    series = repeated.Series(case, number=3, size=3)
+    series = repeated_requests.Series(case, number=3, size=3)
     first, second, third = series.sets
     assert torch.equal(first, case.splits.forget[:3])
     assert torch.equal(second, torch.cat([case.splits.forget[3:], case.splits.retain[:2]]))
@@ -113,12 +115,12 @@ def test_a_single_validation_sequence_cannot_both_choose_and_measure():
     case = make_case()
     case = dataclasses.replace(case, splits=dataclasses.replace(case.splits, retain=case.splits.retain[:15]))
     with pytest.raises(ValueError, match="take 16 retain sequences or more"):
-        repeated.Series(case, number=2, size=2)
+        repeated_requests.Series(case, number=2, size=2)
 
 
 def test_a_model_of_the_moment_is_trained_without_what_was_asked_so_far():
     case = make_case()
-    series = repeated.Series(case, number=3, size=2)
+    series = repeated_requests.Series(case, number=3, size=2)
     assert torch.equal(series.run(3).sequences, case.splits.retain[2:])
     assert series.run(0).folder == case.runs()["original"].folder
     assert series.run(2).folder == case.runs()["retrained"].folder
@@ -129,13 +131,13 @@ def test_a_model_of_the_moment_is_trained_without_what_was_asked_so_far():
 @pytest.mark.parametrize(("number", "size"), [(0, 4), (4, 0), (8, 4)])
 def test_requests_that_leave_nothing_are_refused(number, size):
     with pytest.raises(ValueError, match=f"cannot make {number} requests of {size} sequences.*no more than 31"):
-        repeated.Series(make_case(), number, size)
+        repeated_requests.Series(make_case(), number, size)
 
 
 def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
     case = make_case()
-    series = repeated.Series(case, number=3, size=2)
+    series = repeated_requests.Series(case, number=3, size=2)
     retrained = series.retrained
     assert series.targets == pytest.approx([loss(retrained, s).item() for s in series.sets], rel=1e-5)
     model, seen = case.original(), []
@@ -188,7 +190,7 @@ MEASURED = {"reached": [1, 2, 3, 4], "holdout_loss": [2, 4]}
 
 def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
-    series = repeated.Series(make_case(), number=4, size=1, every=2)
+    series = repeated_requests.Series(make_case(), number=4, size=1, every=2)
     series.follow("kfac", series.case.original(), lambda *_: matching.Match(1.0, 2.0, True, 1))
     noted = {metric: [r["request"] for r in series.rows if r["metric"] == metric] for metric in MEASURED}
     assert noted == MEASURED
@@ -199,7 +201,7 @@ def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, m
 
 def test_ascent_moves_along_the_gradient_to_the_target(model):
     start, along, target = row(model), trained_gradient(model, FORGET), target_above(model)
-    match = repeated.ascent_step(model, FORGET, target, 1)
+    match = repeated_requests.ascent_step(model, FORGET, target, 1)
     assert match.reached
     assert loss(model, FORGET).item() == pytest.approx(target, abs=matching.TOLERANCE)
     torch.testing.assert_close(row(model) - start, match.strength * along, rtol=1e-6, atol=1e-10)
@@ -207,12 +209,12 @@ def test_ascent_moves_along_the_gradient_to_the_target(model):
 
 @pytest.mark.parametrize("above", [0.0, 0.3])
 def test_a_set_that_is_forgotten_already_is_left_alone(model, curvature, above):
-    start, target = row(model), measures.mean_loss(model, FORGET) - above
+    start, target = row(model), mean_loss(model, FORGET) - above
     steps = {
-        "ascent": repeated.ascent_step,
-        "difference": repeated.difference_step(KEPT, 1e-2, 5, seed=0),
-        "fisher": repeated.fisher_step(lambda model: curvature, DAMPING, refresh=True),
-        "noise": repeated.noise_step(curvature, DAMPING, seed=0),
+        "ascent": repeated_requests.ascent_step,
+        "difference": repeated_requests.difference_step(KEPT, 1e-2, 5, seed=0),
+        "fisher": repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True),
+        "noise": repeated_requests.noise_step(curvature, DAMPING, seed=0),
     }
     for name, step in steps.items():
         match = step(model, FORGET, target, 1)
@@ -225,7 +227,7 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model):
     target = target_above(model)
     twin = small_model()
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
-    match = repeated.difference_step(KEPT, 1e-3, 100, seed=0)(model, FORGET, target, 1)
+    match = repeated_requests.difference_step(KEPT, 1e-3, 100, seed=0)(model, FORGET, target, 1)
     assert match.reached
     assert match.strength > 1
     for _ in range(math.ceil(match.strength)):  # all of FORGET and all of KEPT are one batch each
@@ -240,7 +242,7 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model):
 def test_a_step_of_fisher_removal_is_the_solution_with_the_explicit_matrix(model, curvature):
     start, delta = row(model), trained_gradient(model, FORGET)
     expected = torch.linalg.solve(curvature.matrix + DAMPING * torch.eye(len(start), dtype=start.dtype), delta)
-    match = repeated.fisher_step(lambda model: curvature, DAMPING, refresh=True)(
+    match = repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True)(
         model, FORGET, target_above(model), 1
     )
     assert match.reached
@@ -255,7 +257,7 @@ def test_curvature_is_built_once_or_at_the_weights_of_each_request(model, curvat
             at.append(row(model))
             return curvature
 
-        step = repeated.fisher_step(build, DAMPING, refresh)
+        step = repeated_requests.fisher_step(build, DAMPING, refresh)
         before = []
         for request in (1, 2, 3):
             before.append(row(model))
@@ -268,12 +270,14 @@ def test_curvature_is_built_once_or_at_the_weights_of_each_request(model, curvat
 def test_noise_costs_what_was_allowed_to_second_order(model, curvature):
     """Where nothing is left to forget, what moves the weights is s C^(-1/4) n, and its damage is the allowance."""
     allowed = 0.003
-    target = measures.mean_loss(model, FORGET) - 1.0  # nothing to do, so only the noise moves the weights
+    target = mean_loss(model, FORGET) - 1.0  # nothing to do, so only the noise moves the weights
     start = row(model)
     moves = []
     for request, seed in ((1, 0), (2, 0), (1, 1)):
         weights.set_weights(model, weights.unflatten(start, weights.snapshot(model)))
-        step = repeated.fisher_step(lambda model: curvature, DAMPING, refresh=False, noise=allowed, seed=seed)
+        step = repeated_requests.fisher_step(
+            lambda model: curvature, DAMPING, refresh=False, noise=allowed, seed=seed
+        )
         step(model, FORGET, target, request)
         moves.append(row(model) - start)
     for move in moves:
@@ -298,7 +302,8 @@ def test_the_damage_of_noise_adds_up_like_a_random_walk(curvature):
     damages = []
     for seed in range(60):
         walk = sum(
-            weights.flatten(repeated.forgetting_noise(curvature, like, DAMPING, 100 * seed + k)) for k in range(4)
+            weights.flatten(repeated_requests.forgetting_noise(curvature, like, DAMPING, 100 * seed + k))
+            for k in range(4)
         )
         damages.append((walk @ curvature.matrix @ walk / 2).item())
     expected = 4 * torch.trace(curvature.matrix @ sigma).item() / 2
@@ -309,13 +314,13 @@ def test_the_damage_of_noise_adds_up_like_a_random_walk(curvature):
 def test_no_length_of_noise_does_damage_where_there_is_no_curvature(model):
     flat = Explicit(torch.zeros(len(row(model)), len(row(model)), dtype=torch.float64))
     with pytest.raises(ValueError, match="the curvature is zero along the noise"):
-        repeated.noise_length(flat, weights.snapshot(model), 0.01)
+        repeated_requests.noise_length(flat, weights.snapshot(model), 0.01)
 
 
 def test_noise_alone_moves_along_its_own_direction(model, curvature):
     start, target = row(model), target_above(model)
-    match = repeated.noise_step(curvature, DAMPING, seed=2)(model, FORGET, target, 5)
-    noise = repeated.forgetting_noise(curvature, weights.snapshot(model), DAMPING, seed=2005)
+    match = repeated_requests.noise_step(curvature, DAMPING, seed=2)(model, FORGET, target, 5)
+    noise = repeated_requests.forgetting_noise(curvature, weights.snapshot(model), DAMPING, seed=2005)
     assert match.reached
     torch.testing.assert_close(row(model) - start, match.strength * weights.flatten(noise), rtol=1e-6, atol=1e-9)
 
@@ -325,7 +330,7 @@ def test_all_at_once_starts_from_the_original_weights_each_time(curvature):
     second = random_sequences(4, seed=7)
     start = row(original)
     target = {1: target_above(original), 2: target_above(original, second)}
-    step = repeated.joint_step(original, curvature, DAMPING)
+    step = repeated_requests.joint_step(original, curvature, DAMPING)
     step(model, FORGET, target[1], 1)
     match = step(model, second, target[2], 2)
     assert match.reached

@@ -2,8 +2,10 @@ import datasets
 import pytest
 import torch
 
-from unlearnlib import models, profiles, request_sets, sequences
-from unlearnlib.training import Training
+from unlearnlib.experiment import profiles, request_sets
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
+from unlearnlib.texts import sequences
 
 NUMBER, SIZES = 160, (1, 3)
 CORPUS = datasets.Dataset.from_dict(
@@ -16,7 +18,7 @@ ON_TOPIC = [i % 4 == 0 for i in range(NUMBER)]
 PROFILE = profiles.Profile(
     name="quick",
     corpus="reuters",
-    model=models.small_opt(300, hidden_size=16, layers=1, heads=2, context=16),
+    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2, context=16),
     vocabulary=300,
     length=16,
     forget=1,

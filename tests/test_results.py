@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from unlearnlib import results
+from unlearnlib.verdicts import results
 
 
 def table(values, method="m", metric="loss"):

@@ -5,8 +5,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unlearnlib import cost, fisher, gradient_ascent, kronecker, measures, models, newton, streaming
-from unlearnlib.roofline import Machine, Route, Shape, Stage, routes
+from unlearnlib import cost
+from unlearnlib.book.roofline import Machine, Route, Shape, Stage, routes
+from unlearnlib.curvature import fisher, fisher_streaming, kronecker, newton
+from unlearnlib.losses import sequence_losses
+from unlearnlib.methods import first_order
+from unlearnlib.models import loading
 from unlearnlib.weights import flatten
 
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT, M = 2, 64, 2, 512, 48, 8
@@ -16,10 +20,10 @@ SHAPE = Shape(LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT, tokens=CONTEXT - 1)
 @pytest.fixture(scope="module")
 def case():
     """A model of this shape, sequences, and a direction in weight space."""
-    source = models.small_opt(VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT)
-    model = models.load_model(source, device="cpu")
+    source = loading.small_opt(VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT)
+    model = loading.load_model(source, device="cpu")
     sequences = torch.randint(VOCABULARY, (M, CONTEXT), generator=torch.Generator().manual_seed(0))
-    return model, sequences, gradient_ascent.ascent_direction(model, sequences)
+    return model, sequences, first_order.ascent_direction(model, sequences)
 
 
 def executed(function):
@@ -56,15 +60,15 @@ def test_number_of_weights_of_the_opt_family(shape, table):
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = models.parameter_count(model)
+    expected = loading.parameter_count(model)
     assert Shape(layers, width, heads, 50272, 2048, tokens=64, table=table).d == expected
 
 
 def test_number_of_weights_and_operations_of_a_small_model(case):
     model, sequences, _ = case
-    assert SHAPE.d == models.parameter_count(model)
+    assert SHAPE.d == loading.parameter_count(model)
     with torch.no_grad():
-        assert executed(lambda: measures.sequence_losses(model, sequences)) == M * SHAPE.forward
+        assert executed(lambda: sequence_losses(model, sequences)) == M * SHAPE.forward
 
 
 # Routes against what is executed
@@ -91,7 +95,7 @@ def test_kronecker_factors_are_counted_closely(case):
     found = {
         "kfac": lambda: kronecker.kfac(model, sequences),
         "ekfac": lambda: kronecker.ekfac(model, sequences),
-        "kfac:request": lambda: factors.solve(gradient_ascent.ascent_direction(model, sequences), 0.1),
+        "kfac:request": lambda: factors.solve(first_order.ascent_direction(model, sequences), 0.1),
     }
     for method, function in found.items():
         assert counted(theory[method]) == pytest.approx(executed(function), rel=0.1), method
@@ -125,7 +129,7 @@ class Operations(TorchDispatchMode):
 def test_the_gram_matrix_is_counted_as_it_is_executed(m):
     gradients = torch.zeros(m, SHAPE.d // 16)
     with Operations() as seen:
-        fisher._gram(gradients)
+        fisher.gram(gradients)
     assert routes(SHAPE, m, forget=M)["fisher_dual"].stages[0].flops == seen.flops / gradients.shape[1] * SHAPE.d
 
 
@@ -154,8 +158,8 @@ def test_recursions_work_in_the_format_of_the_gradients():
     theory = routes(SHAPE, M, forget=M, number=2)
     for name in ("fisher_recursion", "fisher_recursion:unrolled"):
         assert {stage.kind for stage in theory[name].stages} == {"model"}
-    model = models.load_model(
-        models.small_opt(32, hidden_size=4, layers=1, heads=2, context=8), device="cpu", dtype=torch.bfloat16
+    model = loading.load_model(
+        loading.small_opt(32, hidden_size=4, layers=1, heads=2, context=8), device="cpu", dtype=torch.bfloat16
     )
     gradients = fisher.sequence_gradients(model, torch.ones(2, 4, dtype=torch.int64))
     assert gradients.dtype == fisher.FisherRecursion(gradients, 4).inverse(0.1).dtype == torch.bfloat16
@@ -174,10 +178,12 @@ def test_memory_is_predicted(case):
         "fisher_recursion": lambda: fisher.FisherRecursion(gradients, 16).inverse(0.1),
         "fisher_recursion:unrolled": lambda: fisher.unrolled_recursion(gradients, flatten(v), 0.1),
         "fisher_dual": lambda: fisher.FisherDual(gradients).solve(v, 0.1),
-        "fisher_dual:streaming": lambda: streaming.StreamingFisher(model, sequences, budget, v).solve(v, 0.1),
+        "fisher_dual:streaming": lambda: fisher_streaming.StreamingFisher(model, sequences, budget, v).solve(
+            v, 0.1
+        ),
         "kfac": lambda: kronecker.kfac(model, sequences),
         "ekfac": lambda: kronecker.ekfac(model, sequences),
-        "kfac:request": lambda: factors.solve(gradient_ascent.ascent_direction(model, sequences), 0.1),
+        "kfac:request": lambda: factors.solve(first_order.ascent_direction(model, sequences), 0.1),
     }
     for method, function in found.items():
         measured = cost.measure(function, "cpu", runs=1, at_least=0.0).peak_bytes

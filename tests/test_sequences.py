@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from unlearnlib import sequences
+from unlearnlib.texts import sequences
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlearnlib import measures, models, streaming, weights
-from unlearnlib.fisher import FisherDual, sequence_gradients
-from unlearnlib.streaming import StreamingFisher
+from unlearnlib import weights
+from unlearnlib.curvature import fisher_streaming
+from unlearnlib.curvature.fisher import FisherDual, sequence_gradients
+from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.losses import log_probabilities, sequence_losses
+from unlearnlib.models import loading
 
 M = 7
 SMALL_BUDGET = 12_000  # a few rows of each layer at a time
@@ -55,8 +58,8 @@ def test_it_is_made_of_every_sequences_own_gradient(architecture, budget):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_all_three_methods_are_those_of_the_matrix(known):
-    config = models.small_opt(VOCABULARY, hidden_size=8, layers=1, heads=2, context=16)
-    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
+    config = loading.small_opt(VOCABULARY, hidden_size=8, layers=1, heads=2, context=16)
+    model, sequences = loading.load_model(config, dtype=torch.float64), random_sequences(M)
     gradients, v = explicit_gradients(model, sequences), random_direction(model)
     row = weights.flatten(v)
     values, basis = torch.linalg.eigh(gradients.T @ gradients / M)
@@ -105,7 +108,7 @@ def test_an_output_layer_with_a_bias(architecture, weight):
 def test_probabilities_that_are_left_out_are_too_small_to_matter():
     model = tiny_model("opt")
     model.model.decoder.final_layer_norm.weight.data *= 1000
-    assert measures.log_probabilities(model, random_sequences(M)).min() < -100
+    assert log_probabilities(model, random_sequences(M)).min() < -100
     check(model)
 
 
@@ -123,12 +126,12 @@ class Largest(TorchDispatchMode):
 
 
 def test_neither_gradients_nor_logits_are_ever_held():
-    config = models.small_opt(400, hidden_size=16, layers=1, heads=2, context=16)
-    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M)
+    config = loading.small_opt(400, hidden_size=16, layers=1, heads=2, context=16)
+    model, sequences = loading.load_model(config, dtype=torch.float64), random_sequences(M)
     tokens = sequences.shape[1] - 1
     row = 2 * tokens * 400  # the logits of one sequence, twice
     with Largest() as plain:
-        measures.sequence_losses(model, sequences).sum().backward()
+        sequence_losses(model, sequences).sum().backward()
     with Largest() as streamed:
         StreamingFisher(model, sequences, budget_bytes=8 * row)
     assert plain.numbers >= M * tokens * 400  # all logits
@@ -139,7 +142,7 @@ def test_a_block_is_run_again_rather_than_kept():
     model = tiny_model("opt")
     runs = []
     model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    with streaming._checkpointed(model):
+    with fisher_streaming._checkpointed(model):
         hidden = model.base_model(input_ids=random_sequences(2), use_cache=False).last_hidden_state
         assert runs == [False]
         hidden.sum().backward()
@@ -181,7 +184,7 @@ def test_the_model_is_left_as_it_was_and_a_sequence_without_gradient_is_named():
 def test_blocks_are_as_before_after_an_error():
     model = tiny_model("opt")
     before = state(model)
-    with pytest.raises(ZeroDivisionError), streaming._checkpointed(model):
+    with pytest.raises(ZeroDivisionError), fisher_streaming._checkpointed(model):
         raise ZeroDivisionError
     assert state(model) == before
 
@@ -194,17 +197,17 @@ def test_no_budget_is_too_small(architecture, budget):
 
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_the_least_that_is_held_is_a_row_of_every_sequence(tokens):
-    config = models.small_opt(400, hidden_size=64, layers=1, heads=2, context=16)
-    model, sequences = models.load_model(config, dtype=torch.float64), random_sequences(M, tokens + 1)
-    build = streaming._Build(model, sequences, 0, None)
+    config = loading.small_opt(400, hidden_size=64, layers=1, heads=2, context=16)
+    model, sequences = loading.load_model(config, dtype=torch.float64), random_sequences(M, tokens + 1)
+    build = fisher_streaming._Build(model, sequences, 0, None)
     assert len(build.buffer) == M * 256  # what fc2 reads
     check(model, sequences, budget=0)
 
 
 @pytest.mark.parametrize("budget", [200_000, 2**25])
 def test_the_vocabulary_and_the_length_of_opt(budget):
-    config = models.small_opt(50_272, hidden_size=16, layers=1, heads=2)
-    model = models.load_model(config, dtype=torch.float64)
+    config = loading.small_opt(50_272, hidden_size=16, layers=1, heads=2)
+    model = loading.load_model(config, dtype=torch.float64)
     sequences = torch.randint(1, 50_272, (3, 128), generator=torch.Generator().manual_seed(0))
     v = random_direction(model)
     exact = FisherDual(sequence_gradients(model, sequences))
@@ -221,7 +224,7 @@ def test_the_vocabulary_and_the_length_of_opt(budget):
 
 def test_logits_that_are_more_than_a_linear_layer_are_named():
     granite = {**ARCHITECTURES["llama"], "model_type": "granite", "logits_scaling": 2.0}
-    model = models.load_model(granite, dtype=torch.float64)
+    model = loading.load_model(granite, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="logits of GraniteForCausalLM are more than a linear layer"):
         StreamingFisher(model, random_sequences(M))
     dropout = tiny_model("opt").train()

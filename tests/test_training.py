@@ -14,8 +14,10 @@ import torch
 from helpers import ARCHITECTURES, TINY, random_sequences, tiny_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from unlearnlib import measures, models, training, weights
-from unlearnlib.training import Run, Training
+from unlearnlib import weights
+from unlearnlib.losses import mean_loss, sequence_losses
+from unlearnlib.models import loading, training
+from unlearnlib.models.training import Run, Training
 
 SHORT = Training(epochs=3, batch_size=4, learning_rate=1e-2)
 
@@ -34,10 +36,10 @@ def test_it_learns_and_is_deterministic():
     sequences, ends = random_sequences(8), []
     for _ in range(2):
         model = tiny_model()
-        before = measures.mean_loss(model, sequences)
+        before = mean_loss(model, sequences)
         losses = training.train(model, sequences, Training(epochs=60, learning_rate=2e-2), seed=0)
         assert len(losses) == 60
-        assert measures.mean_loss(model, sequences) < before / 2
+        assert mean_loss(model, sequences) < before / 2
         ends.append(model)
     assert same_weights(*ends)
     other = tiny_model()
@@ -56,7 +58,7 @@ WITH_DROPOUT = {
 def test_a_configuration_with_dropout_trains_the_same_twice(architecture):
     """Nothing comes from the global random numbers, which no seed of a run sets."""
     config = ARCHITECTURES[architecture] | WITH_DROPOUT[architecture]
-    first, second = (models.load_model(config, seed=0, device="cpu") for _ in range(2))
+    first, second = (loading.load_model(config, seed=0, device="cpu") for _ in range(2))
     settings = Training(epochs=3, batch_size=4, learning_rate=1e-2, checkpointing=architecture == "opt")
     for model in (first, second):
         training.train(model, random_sequences(8), settings, seed=0)
@@ -66,7 +68,7 @@ def test_a_configuration_with_dropout_trains_the_same_twice(architecture):
 def test_one_step_against_a_hand_written_adamw():
     model, sequences = tiny_model(), random_sequences(4)
     start = weights.snapshot(model)
-    gradient = weights.mean_gradient(model, sequences, measures.sequence_losses)
+    gradient = weights.mean_gradient(model, sequences, sequence_losses)
     settings = Training(epochs=2, batch_size=4, learning_rate=1e-3)
     schedule = []
 
@@ -206,13 +208,13 @@ def test_a_model_of_another_device_is_not_served(run, monkeypatch):
     training.load_trained(run)
     cards = ["card A", "card B"]
     with monkeypatch.context() as patch:
-        patch.setattr(models, "default_device", lambda: torch.device("cuda"))
+        patch.setattr(loading, "default_device", lambda: torch.device("cuda"))
         patch.setattr(torch.cuda, "get_device_name", lambda device: cards[0])
         folders = [run.folder, fresh(run).folder]
         cards.reverse()
         folders.append(fresh(run).folder)
     assert len(set(folders)) == 3
-    monkeypatch.setattr(models, "device_name", lambda device: "another")
+    monkeypatch.setattr(loading, "device_name", lambda device: "another")
     trained = []
     monkeypatch.setattr(training, "train", lambda *_: trained.append(1) or [])
     monkeypatch.setattr(training, "CODE", ())  # the source of a lambda is not to be found

@@ -2,13 +2,14 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 
-from unlearnlib import measures, weights
+from unlearnlib import weights
+from unlearnlib.losses import mean_loss, sequence_losses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mean_gradient_against_finite_differences(architecture):
     model, sequences = tiny_model(architecture), random_sequences(7)
-    gradient = weights.mean_gradient(model, sequences, measures.sequence_losses, batch_size=3)
+    gradient = weights.mean_gradient(model, sequences, sequence_losses, batch_size=3)
     start = weights.snapshot(model)
     generator = torch.Generator().manual_seed(0)
     direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in start.items()}
@@ -17,7 +18,7 @@ def test_mean_gradient_against_finite_differences(architecture):
     step, tolerance = (1e-4, 1e-2) if architecture == "llama" else (1e-6, 1e-6)
     for sign in (1, -1):
         weights.set_weights(model, start, direction, sign * step)
-        ends.append(measures.mean_loss(model, sequences))
+        ends.append(mean_loss(model, sequences))
     numeric = (ends[0] - ends[1]) / (2 * step)
     assert weights.dot(gradient, direction).item() == pytest.approx(numeric, rel=tolerance)
 
@@ -30,7 +31,7 @@ def test_tied_weights_appear_once_and_frozen_ones_not_at_all():
     assert "lm_head.weight" not in names
     model.model.decoder.embed_positions.weight.requires_grad_(False)
     assert "model.decoder.embed_positions.weight" not in weights.parameters(model)
-    gradient = weights.mean_gradient(model, random_sequences(2), measures.sequence_losses)
+    gradient = weights.mean_gradient(model, random_sequences(2), sequence_losses)
     assert gradient.keys() == weights.parameters(model).keys()
 
 
@@ -47,7 +48,7 @@ def test_set_weights_moves_and_restores():
 
 def test_a_sequence_with_a_bad_loss_is_named():
     def loss(model, batch):
-        losses = measures.sequence_losses(model, batch)
+        losses = sequence_losses(model, batch)
         return torch.where(batch[:, 0] == bad[0], losses * torch.nan, losses)
 
     sequences = random_sequences(9)

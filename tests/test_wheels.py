@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from unlearnlib import cache, wheels
+from unlearnlib import cache
+from unlearnlib.texts import wheels
 
 PAYLOAD = b"once upon a time\n" * 120_000  # pip shows no progress below half a megabyte
 FETCH = "import json, sys; from unlearnlib import wheels; print('started', flush=True); "

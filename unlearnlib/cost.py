@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from unlearnlib.measures import sequence_losses
+from unlearnlib.losses import sequence_losses
 from unlearnlib.weights import parameters
 
 

@@ -1,0 +1,31 @@
+"""What the pages of the book are made with: figures, numbers in the prose, and the runs behind them."""
+
+from unlearnlib.book.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    method_style,
+    plot_frontier,
+    plot_relearning,
+    source,
+    use_style,
+)
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "GREEN",
+    "ORANGE",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "method_style",
+    "plot_frontier",
+    "plot_relearning",
+    "source",
+    "use_style",
+]

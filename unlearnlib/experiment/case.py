@@ -1,0 +1,119 @@
+"""One repetition of an experiment: the splits of a seed, and the models that belong to them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unlearnlib.experiment.profiles import Profile
+from unlearnlib.models.loading import load_tokenizer
+from unlearnlib.models.training import Run, load_trained, train_missing
+from unlearnlib.texts.corpora import load_corpus
+from unlearnlib.texts.sequences import Splits, make_splits, train_tokenizer
+
+SECOND_SEED = 1000
+"""Added to a case's seed for the second retrained model, which differs by initial weights and batch order."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One repetition: the splits of one seed, and the models that belong to them.
+
+    Every call of ``original``, ``retrained`` and ``retrained_again`` loads a fresh copy, to be changed at will.
+    Raises ValueError for less than two retain sequences, which cannot be parted.
+    """
+
+    profile: Profile
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+
+    def __post_init__(self) -> None:
+        if len(self.splits.retain) < 2:
+            raise ValueError(
+                f"{len(self.splits.retain)} retain sequence is too few: settings are chosen on some and curvature "
+                "is estimated on others, so at least 2 are needed"
+            )
+
+    @property
+    def validation(self) -> Tensor:
+        """The last eighth of the retain sequences, at least one: settings such as λ are chosen by their loss."""
+        return self.splits.retain[-max(1, len(self.splits.retain) // 8) :]
+
+    @property
+    def estimation(self) -> Tensor:
+        """The other retain sequences, all that methods read: for steps and for the estimation of curvature."""
+        return self.splits.retain[: -len(self.validation)]
+
+    def rows(self, method: str, values: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """The measured ``values``, by metric, of a model of this case as rows of a results table."""
+        for metric, value in values.items():
+            yield {
+                "corpus": self.profile.corpus,
+                "model": model_name(self.profile),
+                "method": method,
+                "seed": self.seed,
+                "metric": metric,
+                "value": value,
+            }
+
+    def runs(self) -> dict[str, Run]:
+        """The training runs behind the three models."""
+        profile, splits = self.profile, self.splits
+        original = Run(profile.model, splits.train, profile.training, self.seed, profile.last_blocks)
+        retrained = replace(original, sequences=splits.retain)
+        return {
+            "original": original,
+            "retrained": retrained,
+            "retrained_again": replace(retrained, seed=self.seed + SECOND_SEED),
+        }
+
+    def original(self, device: torch.device | str | None = None) -> PreTrainedModel:
+        """Trained on forget and retain sequences: the model that is asked to forget."""
+        return load_trained(self.runs()["original"], device)
+
+    def retrained(self, device: torch.device | str | None = None) -> PreTrainedModel:
+        """Trained on the retain sequences alone, from the same initial weights: the gold standard."""
+        return load_trained(self.runs()["retrained"], device)
+
+    def retrained_again(self, device: torch.device | str | None = None) -> PreTrainedModel:
+        """The gold standard once more, from other initial weights and in another order: the noise floor."""
+        return load_trained(self.runs()["retrained_again"], device)
+
+
+def prepare(profile: Profile) -> list[Case]:
+    """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
+
+    The second retrained model, which few chapters need, is trained when it is asked for.
+    The tokenizer is trained once, on the whole corpus, so that all models of a corpus speak one vocabulary.
+    """
+    corpus = load_corpus(profile.corpus)
+    if profile.vocabulary is None:
+        tokenizer = load_tokenizer(profile.model)
+    else:
+        tokenizer = train_tokenizer(corpus["text"], profile.vocabulary)
+    cases = []
+    for seed in profile.seeds:
+        splits = make_splits(
+            corpus,
+            tokenizer,
+            length=profile.length,
+            forget=profile.forget,
+            retain=profile.retain,
+            holdout=profile.holdout,
+            seed=seed,
+        )
+        cases.append(Case(profile, seed, tokenizer, splits))
+    runs = [case.runs() for case in cases]
+    train_missing([found[name] for found in runs for name in ("original", "retrained")])
+    return cases
+
+
+def model_name(profile: Profile) -> str:
+    """A short name of the profile's model for tables, such as ``opt-64x4`` (width by layers)."""
+    if isinstance(profile.model, str):
+        return profile.model.partition("@")[0]
+    return "{model_type}-{hidden_size}x{num_hidden_layers}".format(**profile.model)

@@ -1,0 +1,197 @@
+"""Three sizes of the same experiments: ``quick`` for newcomers, ``cpu`` for reference, ``gpu`` for hub models."""
+
+import dataclasses
+from typing import Any
+
+from unlearnlib.models.loading import SMOLLM2, small_gpt2, small_llama, small_opt
+from unlearnlib.models.training import Training
+from unlearnlib.texts.corpora import CORPORA
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How large the experiments are: the data, the model and the number of repetitions.
+
+    ``forget``, ``retain`` and ``holdout`` count sequences of ``length`` tokens. ``model`` is a configuration to
+    train from scratch, with a tokenizer of ``vocabulary`` entries trained on the corpus, or the name of a
+    pretrained model, fine-tuned with its own tokenizer (``vocabulary`` is None), all of it or only its
+    ``last_blocks`` transformer blocks.
+    The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``.
+    Each of ``seeds`` draws its own splits, initial weights and batch order.
+    """
+
+    name: str
+    corpus: str
+    model: str | dict[str, Any]
+    vocabulary: int | None
+    length: int
+    forget: int
+    retain: int
+    holdout: int
+    training: Training
+    seeds: tuple[int, ...]
+    relearning_steps: int = 30
+    relearning_rate: float = 1e-4
+    last_blocks: int | None = None
+
+
+QUICK = Profile(
+    name="quick",
+    corpus="reuters",
+    model=small_opt(1024, hidden_size=64),
+    vocabulary=1024,
+    length=64,
+    forget=64,
+    retain=960,
+    holdout=256,
+    training=Training(epochs=15, learning_rate=3e-3),
+    seeds=(0, 1),
+)
+
+# The small models of quick with more repetitions (chapters add methods and settings), so that what quick shows is
+# a part of the reference results; the real language model of `real_model` is trained and edited as a whole.
+CPU = dataclasses.replace(QUICK, name="cpu", seeds=(0, 1, 2, 3, 4))
+
+GPU = Profile(
+    name="gpu",
+    corpus="reuters",
+    model="facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6",
+    vocabulary=None,
+    length=128,
+    forget=64,
+    retain=1984,
+    holdout=512,
+    training=Training(epochs=4, learning_rate=1e-4),
+    seeds=(0, 1, 2, 3, 4),
+)
+
+PROFILES = {profile.name: profile for profile in (QUICK, CPU, GPU)}
+
+
+def get_profile(name: str, corpus: str | None = None, seeds: int | None = None) -> Profile:
+    """The profile called ``name``, on another corpus or with another number of seeds where these are given.
+
+    Raises ValueError for an unknown profile or corpus, or less than one seed.
+    """
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    if corpus is not None:
+        if corpus not in CORPORA:
+            raise ValueError(f"unknown corpus {corpus!r}: choose one of {', '.join(CORPORA)}")
+        profile = dataclasses.replace(profile, corpus=corpus)
+    if seeds is not None:
+        if seeds < 1:
+            raise ValueError(f"need at least one seed, not {seeds}")
+        profile = dataclasses.replace(profile, seeds=tuple(range(seeds)))
+    return profile
+
+
+def on_second_corpus(settings: Profile, seeds: int) -> Profile:
+    """The same experiment on another corpus: socialiqa, or reuters where socialiqa is the first.
+
+    Socialiqa is small, so that no more than 960 sequences are retained and 256 held out.
+    """
+    return dataclasses.replace(
+        settings,
+        corpus="reuters" if settings.corpus == "socialiqa" else "socialiqa",
+        retain=min(settings.retain, 960),
+        holdout=min(settings.holdout, 256),
+        seeds=tuple(range(seeds)),
+    )
+
+
+# What the experiment with a real language model changes in each profile.
+REAL_MODELS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "model": SMOLLM2,
+        "length": 24,
+        "forget": 12,
+        "retain": 40,
+        "holdout": 12,
+        "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
+        "seeds": (0,),
+        "relearning_steps": 3,
+        "relearning_rate": 5e-5,
+        "last_blocks": 4,
+    },
+    "cpu": {
+        "model": SMOLLM2,
+        "length": 64,
+        "forget": 32,
+        "retain": 224,
+        "holdout": 96,
+        "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
+        "seeds": (0, 1),
+        "relearning_steps": 12,
+        "relearning_rate": 2e-5,
+    },
+    "gpu": {
+        "length": 128,
+        "forget": 64,
+        "retain": 384,
+        "holdout": 128,
+        "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
+        "seeds": (0, 1, 2),
+        "relearning_steps": 12,
+        "relearning_rate": 2e-5,
+    },
+}
+
+
+def real_model(settings: Profile, model: str | None = None, last_blocks: int | None = None) -> Profile:
+    """The experiment with a real language model: a few tales, fine-tuned on until it knows them by heart.
+
+    ``model``, a hub id or a folder, takes the place of the profile's own, which is SmolLM2-135M except on a GPU;
+    ``last_blocks`` that of the number of blocks that are trained and edited, which is small in quick.
+    """
+    own = REAL_MODELS[settings.name]
+    changes = {"model": model, "last_blocks": last_blocks}
+    changes = own | {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(settings, corpus="tales", vocabulary=None, **changes)
+
+
+HUB_ARCHITECTURES = {
+    "OPT": (
+        "facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6",
+        "facebook/opt-350m@08ab08cc4b72ff5593870b5d527cf4230323703c",
+        "facebook/opt-1.3b@3f5c25d0bc631cb57ac65913f76e22c2dfb61d62",
+    ),
+    "GPT-2": (
+        "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "openai-community/gpt2-medium@6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        "openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519",
+    ),
+    "Llama": (
+        "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
+        "HuggingFaceTB/SmolLM2-360M@f8027fd0eaeea54caa13c31d31b9fdc459c38b49",
+        "HuggingFaceTB/SmolLM2-1.7B@effd688a12921b4cc83e3312b6feb579f70f9c71",
+    ),
+}
+
+
+def architectures(settings: Profile) -> dict[str, list[Profile]]:
+    """The same experiment on three sizes of each of three architectures, smallest first; the first seed only.
+
+    Hub models where ``settings`` are for one. Else new models of two layers and three widths, with one training
+    for all, on fewer sequences than in ``settings``: there are eighteen models to train.
+    """
+    settings = dataclasses.replace(settings, seeds=settings.seeds[:1])
+    if settings.vocabulary is None:
+        found = HUB_ARCHITECTURES
+    else:
+        if settings.name == "quick":
+            smaller, widths = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 224}, (32, 48, 64)
+            training = Training(epochs=18, learning_rate=5e-3)
+        else:
+            smaller, widths = {"retain": 960}, (64, 96, 128)
+            training = Training(epochs=12, learning_rate=3e-3)
+        settings = dataclasses.replace(settings, training=training, **smaller)
+        shape = {"layers": 2, "context": settings.length}
+        found = {
+            name: [new_model(settings.vocabulary, width, **shape) for width in widths]
+            for name, new_model in (("OPT", small_opt), ("GPT-2", small_gpt2), ("Llama", small_llama))
+        }
+    return {
+        name: [dataclasses.replace(settings, model=model) for model in models] for name, models in found.items()
+    }

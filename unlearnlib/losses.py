@@ -1,0 +1,57 @@
+"""The loss of the book, from logits to means over sequences: all that is computed on a model goes through here."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ValueError if sequences of ``tokens`` tokens do not fit the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise ValueError(
+            f"sequences of {tokens} tokens do not fit the model's context of {context}: cut them shorter"
+        )
+
+
+def logits(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Logits of every next token, shape [n, tokens - 1, vocabulary]; the last token predicts nothing."""
+    check_length(model, sequences.shape[1])
+    return model(input_ids=sequences[:, :-1].to(model.device), use_cache=False).logits
+
+
+def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Log-probabilities in nats of every next token, shaped like :func:`logits`, in at least float32."""
+    z = logits(model, sequences)
+    return F.log_softmax(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
+def token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token given those before it, shape [n, tokens - 1]. Differentiable."""
+    targets, z = sequences[:, 1:].to(model.device), logits(model, sequences)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Mean token cross-entropy of each sequence in nats, shape [n]. Differentiable; one batch."""
+    return token_losses(model, sequences).mean(dim=1)
+
+
+def batched(
+    measure: Callable[[PreTrainedModel, Tensor], Tensor],
+    model: PreTrainedModel,
+    sequences: Tensor,
+    batch_size: int = 32,
+) -> Tensor:
+    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
+    with torch.no_grad():
+        return torch.cat([measure(model, batch).cpu() for batch in sequences.split(batch_size)])
+
+
+def mean_loss(model: PreTrainedModel, sequences: Tensor) -> float:
+    """The loss L of the book: ``sequence_losses`` in nats, averaged over the sequences [n, tokens]."""
+    return batched(sequence_losses, model, sequences).double().mean().item()

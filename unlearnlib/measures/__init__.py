@@ -1,0 +1,47 @@
+"""What is measured on a model: losses, divergence, membership, extraction, exposure, relearning, rounding."""
+
+from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
+from unlearnlib.measures.evaluation import (
+    compare,
+    loss_correlation,
+    mean_kl,
+    membership_auc,
+    min_k_scores,
+    token_accuracy,
+)
+from unlearnlib.measures.exposure import (
+    candidates,
+    expected_exposure,
+    exposure_bits,
+    largest_exposure,
+    text_losses,
+)
+from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
+from unlearnlib.measures.relearning import fall, relearning_curve
+from unlearnlib.measures.rounding import rounded
+
+__all__ = [
+    "batched",
+    "candidates",
+    "compare",
+    "continuations",
+    "expected_exposure",
+    "exposure_bits",
+    "extraction_likelihood",
+    "fall",
+    "largest_exposure",
+    "log_probabilities",
+    "logits",
+    "loss_correlation",
+    "mean_kl",
+    "mean_loss",
+    "membership_auc",
+    "min_k_scores",
+    "relearning_curve",
+    "rounded",
+    "sequence_losses",
+    "text_losses",
+    "token_accuracy",
+    "token_losses",
+    "verbatim_length",
+]

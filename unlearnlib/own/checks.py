@@ -1,0 +1,200 @@
+"""Whether model, memory and disk allow an erasure request, as far as can be told before a weight is loaded."""
+
+import contextlib
+import functools
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from unlearnlib.curvature.capture import find_layers
+from unlearnlib.curvature.fisher_streaming import least_numbers
+from unlearnlib.models import loading
+from unlearnlib.own.request import Request
+from unlearnlib.own.texts import Material, read_material
+
+load = functools.partial(loading.load_model, use_safetensors=True)
+"""Load a user's model: as ``load_model``, but never pickled weights, which can run code."""
+
+
+def prepare(request: Request, device: torch.device) -> tuple[Material, int]:
+    """Read and check everything that can be checked before a weight is loaded.
+
+    The rest is for :mod:`unlearnlib.own.rehearsal`. Returns the material, and the estimate of the memory needed in
+    bytes. Raises what the functions of this module and of :mod:`unlearnlib.own.texts` raise.
+    """
+    model, tokenizer = outline(request.model), load_tokenizer(request.model)
+    check_model(request, model, tokenizer)
+    material = read_material(tokenizer, request.files, request.secrets, request.length)
+    needed = needed_bytes(request, model, len(material.estimation))
+    check_room(request, model, needed, device)
+    return material, needed
+
+
+def outline(source: str) -> PreTrainedModel:
+    """The model of a folder or hub id without its weights, on the ``meta`` device, to be checked beforehand.
+
+    Raises OSError if it cannot be found or read, ValueError for an adapter, for pickled or quantized weights, or
+    for an architecture that transformers does not know.
+    """
+    if Path(source).is_file():
+        raise OSError(f"{source} is a file: give the folder of a model that save_pretrained wrote")
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    try:
+        config = loading.load_config(source)
+    except OSError as error:
+        if Path(source).is_dir():
+            raise OSError(f"the configuration of {source} cannot be read: {error}") from error
+        raise OSError(
+            f"there is no model {source!r}: it is no folder with a model and no hub id in reach"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} needs program code of its own, which is never run here: only architectures that "
+            "transformers itself has can be used"
+        ) from error
+    name, _, revision = source.partition("@")
+    on_hub = not Path(source).is_dir() and source != loading.SMOLLM2
+    if on_hub and find_adapter_config_file(name, revision=revision or "main"):
+        raise _adapted(source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the weights of {source} are quantized and cannot be edited: give the model they came from"
+        )
+    try:
+        with torch.device("meta"):
+            return loading.load_model(config.to_dict(), device="meta")
+    except ValueError as error:
+        raise ValueError(f"the architecture {config.model_type!r} of {source} cannot be used: {error}") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises OSError if it has none, ValueError if no token of it ends a text."""
+    missing = f"there is no tokenizer with the model {source}: save the one it was trained with in its folder"
+    try:
+        tokenizer = loading.load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise OSError(missing) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some folders without one
+        raise OSError(missing)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {source} has no token that ends a text: set its eos_token and save it")
+    return tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be read: {error}") from error
+    if "adapter_config.json" in names:
+        raise _adapted(folder)
+    if "config.json" not in names:
+        raise OSError(f"{folder} has no config.json: it is no folder that save_pretrained wrote")
+    if not names & {"model.safetensors", "model.safetensors.index.json"}:
+        raise ValueError(
+            f"{folder} has no weights in safetensors: loading pickled ones can run code. Where you trust them, "
+            "load the model and save it with save_pretrained, which writes safetensors"
+        )
+
+
+def _adapted(source: str | Path) -> ValueError:
+    return ValueError(
+        f"{source} has an adapter: merge it into its model (merge_and_unload of peft), save the result with "
+        "save_pretrained, and give that folder"
+    )
+
+
+def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check outlines of the model and of the reference against the request. Raises ValueError."""
+    entries = _entries(tokenizer)
+    if entries > _rows(model):
+        raise ValueError(
+            f"the tokenizer of {request.model} has {entries} entries, the model's table {_rows(model)} "
+            "rows: they do not belong together"
+        )
+    outlines = {"model": model}
+    if request.reference is not None:
+        other, outlines["reference"] = load_tokenizer(request.reference), outline(request.reference)
+        if other.get_vocab() != tokenizer.get_vocab() or entries > _rows(outlines["reference"]):
+            raise ValueError(
+                f"the reference {request.reference} has another vocabulary than the model: they cannot be compared"
+            )
+    for name, found in outlines.items():
+        context = getattr(found.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and request.length > context:
+            raise ValueError(
+                f"length {request.length} is more than the {name}'s context of {context}: make it smaller"
+            )
+        if found.get_output_embeddings() is None:
+            raise ValueError(f"the {name} has no layer that makes predictions of the next token")
+
+
+def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> int:
+    """Estimate from above of the memory in use at the request's peak, in bytes, with all numbers in float32.
+
+    ``model`` may be an outline; ``estimation`` sequences go into the curvature. Two moments can be the peak: a
+    pass over sequences, with what a batch of 32 leaves for its backward pass, and the search for the strength.
+    """
+    matrices = [
+        m.weight.shape for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
+    ]
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    inner = [shape for shape in matrices if vocabulary not in shape]
+    d, tokens = loading.parameter_count(model), request.length - 1
+    # What one token leaves: the inputs and outputs of the layers, and logits, probabilities and their gradients.
+    token = 1.25 * sum(map(sum, inner)) + 6 * vocabulary
+    batch, factors = 32 * tokens * token, sum(a * a + b * b for a, b in inner) + width**2
+    # Kept during the pass, the relearning probe with its five copies of the weights at least; kept in the search.
+    passing, search = 5 * d + batch, 5 * d
+    if request.method in ("kfac", "ekfac", "fisher_forgetting"):
+        passing, search = passing + factors, 8 * d + 2 * factors
+    elif request.method == "fisher_diagonal":
+        search = 6 * d
+    elif request.method == "fisher_dual":  # all sequences at once, but of the blocks only one
+        blocks = model.config.get_text_config().num_hidden_layers
+        held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)
+        least = 0
+        with contextlib.suppress(NotImplementedError):  # such a layer is for the rehearsal to refuse
+            least = least_numbers(model, find_layers(model), estimation, tokens)
+        passing, search = max(passing, 6 * d + max(2**24, 2 * least) + held), 8 * d
+    elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
+        passing, search = 6 * d + 2 * batch, 8 * d
+    return int(4 * max(passing, search + 64 * tokens * 4 * vocabulary))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, in bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def check_room(request: Request, model: PreTrainedModel, needed: int, device: torch.device) -> None:
+    """Raise MemoryError or OSError if memory, or the disk at the output, is too small, with both numbers."""
+    free = available_bytes(device)
+    if needed > free:
+        raise MemoryError(
+            f"{request.method} on this model needs about {needed / 2**30:.1f} GiB of memory, and "
+            f"{free / 2**30:.1f} GiB are free: take a machine with more, a length below {request.length}, or "
+            "gradient_ascent, which needs least"
+        )
+    place = next(folder for folder in Path(request.output).resolve().parents if folder.is_dir())
+    disk, size = shutil.disk_usage(place).free, 4 * loading.parameter_count(model)
+    if size > disk:
+        raise OSError(
+            f"the output needs {size / 2**30:.1f} GiB of disk and {place} has {disk / 2**30:.1f} GiB free"
+        )
+
+
+def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows a table needs for the tokenizer's numbers, of which some may be left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]

@@ -1,0 +1,95 @@
+"""What an erasure request does to the weights: each method in a few lines, over any model."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unlearnlib.curvature import kronecker
+from unlearnlib.curvature.fisher import FisherDiagonal
+from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.protocol import Curvature
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods.first_order import ascent_direction, descend, gradient_difference_loss
+from unlearnlib.methods.fisher_updates import forgetting_noise, removal_direction
+from unlearnlib.methods.matching import Match, best_damping, match_direction, match_steps, sweep_damping
+from unlearnlib.own.request import Request
+from unlearnlib.own.texts import Material
+from unlearnlib.weights import Vector, norm, set_weights, snapshot
+
+DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+"""The λ that are tried where none is given."""
+TRIAL = 0.5
+"""Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
+MOST_STEPS = 500
+"""Where gradient difference gives up."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the model was unlearned: the end of the search, the λ, and by λ tried the validation loss in nats.
+
+    A λ whose direction did not reach the forget loss at which all are compared has none.
+    """
+
+    match: Match
+    damping: float | None = None
+    sweep: dict[float, float | None] | None = None
+
+
+def unlearn(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
+    """Apply the request's method to ``model`` in place: to the forget loss ``target`` in nats or by its strength.
+
+    Raises what the method raises.
+    """
+    forget = material.forget
+    if request.method == "gradient_difference":
+        return _descend(model, material, request, target)
+    start, delta = snapshot(model), ascent_direction(model, forget)
+    direction, damping, sweep = delta, None, None
+    if request.method != "gradient_ascent":
+        curvature = build_curvature(model, material.estimation, request, delta)
+        goal = mean_loss(model, forget) + TRIAL if target is None else target
+        damping = request.damping
+        if damping is None:
+            directions = ((tried, removal_direction(curvature, delta, tried)) for tried in DAMPINGS)
+            found = sweep_damping(model, start, directions, forget, material.validation, goal)
+            # Where no λ gets there, the largest makes the direction that is closest to plain ascent.
+            damping = best_damping(found) if found["reached"].any() else max(DAMPINGS)
+            sweep = {row.damping: row.validation_loss if row.reached else None for row in found.itertuples()}
+        direction = removal_direction(curvature, delta, damping)
+        if request.method == "fisher_forgetting":
+            noise = forgetting_noise(curvature, delta, damping, request.seed)
+            set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
+            start = snapshot(model)
+    if target is not None:
+        return Outcome(match_direction(model, start, direction, forget, target), damping, sweep)
+    set_weights(model, start, direction, request.strength)
+    loss = mean_loss(model, forget)
+    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1), damping, sweep)
+
+
+def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:
+    """The curvature of the retained ``sequences`` [m, tokens] that the request's method asks for."""
+    if request.method == "fisher_diagonal":
+        return FisherDiagonal(model, sequences)
+    if request.method == "fisher_dual":
+        return StreamingFisher(model, sequences, v=delta)
+    build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
+    return build(model, sequences, seed=request.seed)
+
+
+def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
+    optimizer = torch.optim.Adam(model.parameters(), lr=request.learning_rate)
+    steps = descend(model, gradient_difference_loss, material.forget, material.estimation, optimizer, request.seed)
+    if target is not None:
+        forget_loss = functools.partial(mean_loss, model, material.forget)
+        return Outcome(match_steps(model, steps, forget_loss, target, max_steps=MOST_STEPS))
+    for _ in itertools.islice(steps, int(request.strength)):
+        pass
+    loss = mean_loss(model, material.forget)
+    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1))

@@ -1,0 +1,108 @@
+"""A rehearsal: what a request will do to its models is done once, on two sequences, before anything takes long.
+
+No list says which architectures a method can work on. It is tried, and where it fails the others are tried too.
+"""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unlearnlib.curvature import kronecker
+from unlearnlib.losses import logits
+from unlearnlib.measures.relearning import relearning_curve
+from unlearnlib.methods.first_order import ascent_direction
+from unlearnlib.own.checks import load
+from unlearnlib.own.methods import build_curvature
+from unlearnlib.own.request import STRENGTHS, Request
+from unlearnlib.own.texts import Material
+
+TOLERANCE = 1e-4
+"""By so much of the largest logit a prediction may depend on rounding."""
+
+
+def rehearse(request: Request, material: Material, device: torch.device) -> None:
+    """Load the models, measure two sequences with each, and try the request's method on them; nothing is written.
+
+    Raises what loading raises, ValueError for a model that cannot be measured on sequences of this length or whose
+    predictions see the tokens that they predict, FloatingPointError for damaged weights, and NotImplementedError,
+    with the methods that do work, for a method that cannot work on this model.
+    """
+    two = torch.cat([material.forget[:1], material.retain[:1]])
+    for source in filter(None, (request.reference, request.model)):  # the model last: its method is tried, too
+        model = load(source, device=device)
+        check_measuring(model, two, source)
+        if source == request.model:
+            check_method(model, two, request)
+        del model  # before the next is loaded
+
+
+def check_measuring(model: PreTrainedModel, two: Tensor, source: str) -> None:
+    """Measure and differentiate the model called ``source`` on two sequences [2, tokens]; raises as said above."""
+    damaged = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if damaged:  # a row for a token that no text has would be noticed at the very end only
+        raise FloatingPointError(
+            f"the weights of {source} are damaged: {damaged[0]} has values that are not finite. If those are of "
+            "tokens that are never used, set them to 0"
+        )
+    # The probe of one step does all of it: it copies the model, trains the copy and measures that.
+    failure = _failure(lambda: relearning_curve(model, two, 1, 0.0))
+    if failure:
+        shorter = two[:, : max(2, two.shape[1] // 2)]
+        advice = "no other length helps, the architecture cannot be used"
+        if shorter.shape[1] < two.shape[1] and not _failure(lambda: relearning_curve(model, shorter, 1, 0.0)):
+            advice = "take a smaller length"
+        raise ValueError(f"{source} cannot read sequences of {two.shape[1]} tokens ({failure}): {advice}")
+    with torch.no_grad():
+        z = logits(model, two)
+        if not z.isfinite().all():
+            raise FloatingPointError(f"the predictions of {source} are not finite: its weights are damaged")
+        changed = two.clone()
+        changed[:, -2] = (two[:, -2] + 1) % z.shape[2]  # the last token that is read
+        difference = (logits(model, changed) - z)[:, :-1].abs()
+    if difference.numel() and difference.max() > TOLERANCE * z.abs().max():
+        raise ValueError(
+            f"{source} predicts tokens from those that come after them: it is no causal language model, or its "
+            "configuration lacks is_decoder"
+        )
+
+
+def check_method(model: PreTrainedModel, two: Tensor, request: Request) -> None:
+    """Try the request's method on two sequences; NotImplementedError names those that work where it does not."""
+    failure = _failure(lambda: _try(model, two, request, request.method))
+    if failure is None:
+        return
+    others = [name for name in STRENGTHS if name != request.method]
+    working = [name for name in others if _failure(lambda name=name: _try(model, two, request, name)) is None]
+    advice = f"choose {' or '.join(working)}" if working else "nor can any other method"
+    raise NotImplementedError(f"{request.method} cannot work on {request.model} ({failure}): {advice}")
+
+
+def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> None:
+    """What a method does to a model, without what takes long, eigendecompositions, and without any change."""
+    if method == "gradient_difference":
+        return  # nothing but what measuring does, too
+    delta = ascent_direction(model, two)
+    if method in ("fisher_diagonal", "fisher_dual"):
+        build_curvature(model, two, dataclasses.replace(request, method=method), delta).solve(delta, 1.0)
+    elif method != "gradient_ascent":
+        kronecker.layer_factors(model, two)
+        if method == "ekfac":
+            kronecker.diagonal(model, two)
+
+
+def _failure(attempt: Callable[[], None]) -> str | None:
+    """Why an attempt fails, in a line, or None if it does not."""
+    try:
+        attempt()
+    except Exception as error:  # an architecture that does not fit can raise anything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+        if isinstance(error, NotImplementedError):  # the library's own, with advice for those who write programs
+            reason = reason.partition(": ")[0]
+    else:
+        return None
+    gc.collect()  # the memory of the attempt
+    return reason

@@ -1,0 +1,121 @@
+"""An erasure request: what may be asked."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+STRENGTHS = {
+    "gradient_ascent": "step length along the gradient of the forget loss",
+    "gradient_difference": "steps of Adam",
+    "fisher_diagonal": "step length along (F + λI)⁻¹Δ, F the diagonal of the empirical Fisher",
+    "fisher_dual": "step length along (F + λI)⁻¹Δ, F the whole empirical Fisher",
+    "kfac": "step length along (C + λI)⁻¹Δ, C by K-FAC",
+    "ekfac": "step length along (C + λI)⁻¹Δ, C by EK-FAC",
+    "fisher_forgetting": "step length along (C + λI)⁻¹Δ, C by K-FAC, from weights with noise",
+}
+"""The methods, and the unit in which each one's strength is a number."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What shall be forgotten, by which model, and how.
+
+    ``model`` and ``reference`` are folders or hub ids, the files as :func:`unlearnlib.own.files.read_file` reads
+    them, ``secrets`` a list or a file of one a line, and ``output`` a folder that does not exist yet. ``strength``
+    is a number in the unit of ``STRENGTHS``, or ``"match"``: then the forget loss is brought to ``target_loss``
+    nats, or where that is None to the loss of ``reference``. Texts are cut into sequences of ``length``
+    tokens. ``damping`` is λ; None has it chosen on the validation part of the retained texts. ``noise`` is the
+    length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for gradient
+    difference and the probe.
+
+    Raises ValueError for settings that cannot be, FileExistsError if the output exists.
+    """
+
+    model: str
+    forget_file: str
+    retain_file: str
+    output: str
+    holdout_file: str | None = None
+    secrets: str | Sequence[str] = ()
+    method: str = "kfac"
+    strength: float | str = "match"
+    reference: str | None = None
+    target_loss: float | None = None
+    length: int = 64
+    damping: float | None = None
+    noise: float = 1e-2
+    learning_rate: float = 2e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("model", "forget_file", "retain_file", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: every request needs a model, two files and an output folder")
+        for name in ("model", "reference", "forget_file", "retain_file", "holdout_file", "secrets", "output"):
+            value = getattr(self, name)
+            if isinstance(value, int | float):  # what papermill makes of a name of digits, with zeros lost
+                raise ValueError(f"{name} must be a name, not the number {value}: write it with ./ before it")
+            if isinstance(value, str | Path):
+                home = str(value).startswith("~")
+                object.__setattr__(self, name, str(Path(value).expanduser() if home else value))
+        if self.method not in STRENGTHS:
+            raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(STRENGTHS)}")
+        if self.strength == "match":
+            if self.reference is None and self.target_loss is None:
+                raise ValueError("strength 'match' needs a reference model or a target_loss in nats, or a number")
+        elif self.target_loss is not None:
+            raise ValueError("target_loss is for strength 'match': leave one of the two out")
+        elif not _positive(self.strength):
+            raise ValueError(f"the strength must be 'match' or a positive number, not {self.strength!r}")
+        elif self.method == "gradient_difference" and self.strength != int(self.strength):
+            raise ValueError(f"the strength of gradient_difference is a number of steps, not {self.strength!r}")
+        for name in ("target_loss", "damping", "noise", "learning_rate"):
+            if not (getattr(self, name) is None or _positive(getattr(self, name))):
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        if not isinstance(self.length, int) or self.length < 2:
+            raise ValueError(f"length must be a whole number of tokens, 2 or more, not {self.length!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or abs(self.seed) >= 2**63:
+            raise ValueError(f"seed must be a whole number of at most 18 digits, not {self.seed!r}")
+        if not isinstance(self.secrets, str | Sequence):
+            raise ValueError("secrets must be a list of texts, or a file of one a line")
+        for i, secret in enumerate(() if isinstance(self.secrets, str) else self.secrets, 1):
+            if not isinstance(secret, str):  # a number loses its zeros
+                raise ValueError(f"secret {i} is no text: put it between quotation marks")
+        self.check_output()
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The files of texts, by what is in them."""
+        return {"forget": self.forget_file, "retain": self.retain_file, "holdout": self.holdout_file}
+
+    def public(self, hashes: dict[str, str]) -> dict[str, Any]:
+        """The settings as JSON values: of files the name and hash, of folders the name, of secrets nothing.
+
+        ``hashes`` are those of the files' bytes as they were read, by what is in them.
+        """
+        settings = {name: value for name, value in asdict(self).items() if not name.endswith("_file")}
+        del settings["secrets"], settings["output"]
+        for name in ("model", "reference"):
+            if settings[name] and Path(settings[name]).is_dir():
+                settings[name] = Path(settings[name]).resolve().name
+        files = {split: {"name": Path(self.files[split]).name, "sha256": known} for split, known in hashes.items()}
+        return settings | {"files": files}
+
+    def check_output(self) -> None:
+        """Raise FileExistsError if the output exists, ValueError if it lies within a model's folder.
+
+        This is a first look: :func:`unlearnlib.cache.new_folder` holds the place while the work is done.
+        """
+        output = Path(self.output)
+        if os.path.lexists(output):
+            raise FileExistsError(f"the output {output} exists and is never overwritten: name a new folder")
+        for source in filter(None, (self.model, self.reference)):
+            if Path(source).is_dir() and Path(source).resolve() in output.resolve().parents:
+                raise ValueError(f"the output {output} lies within {source}, which must not change: move it")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)

@@ -1,0 +1,129 @@
+"""From measured effects to verdicts: rules that are fixed in advance, intervals, and how tests are combined.
+
+An *effect* is a difference measured once a seed, or once a model. A test holds the interval of its mean against a
+rule, and a table of tests, a row each, decides a claim.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from unlearnlib.verdicts.results import bootstrap_interval
+
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where the claim ``holds`` and where it ``fails``: two open intervals (from, to) of effects."""
+
+    holds: tuple[float, float]
+    fails: tuple[float, float]
+
+
+def below(limit: float = 0.0) -> Rule:
+    """The claim that an effect is below ``limit``."""
+    return Rule((-math.inf, limit), (limit, math.inf))
+
+
+def above(limit: float = 0.0) -> Rule:
+    """The claim that an effect is above ``limit``."""
+    return Rule((limit, math.inf), (-math.inf, limit))
+
+
+def verdict(interval: tuple[float, float], rule: Rule) -> str:
+    """Reproduced if all of ``interval`` lies where the claim holds, not reproduced if all of it where it fails.
+
+    Anything else is inconclusive, an unknown interval (NaN, of a single seed) among it.
+    """
+    low, high = interval
+    if rule.holds[0] < low and high < rule.holds[1]:
+        return REPRODUCED
+    if rule.fails[0] < low and high < rule.fails[1]:
+        return NOT_REPRODUCED
+    return INCONCLUSIVE
+
+
+def combine(verdicts: Iterable[str], every: bool = True) -> str:
+    """One verdict from those of all tests of a claim.
+
+    Each must be reproduced for the claim to be, and one that is not reproduced fails it. Or, of a claim that
+    something is so *somewhere*, not ``every``: one that is reproduced suffices, and all must fail to fail it.
+    """
+    verdicts = list(verdicts)
+    if not verdicts:
+        raise ValueError("a claim needs at least one test")
+    first, last = (NOT_REPRODUCED, REPRODUCED) if every else (REPRODUCED, NOT_REPRODUCED)
+    for outcome in (first, NOT_RUN, INCONCLUSIVE):
+        if outcome in verdicts:
+            return outcome
+    return last
+
+
+def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean, exact for normal values; NaN for fewer than two values."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return bootstrap_interval(values)
+    low, high = stats.t.interval(level, len(values) - 1, values.mean(), stats.sem(values))
+    return float(low), float(high)
+
+
+def judge(
+    values: pd.Series,
+    rule: Rule,
+    allowed: Sequence[str] = (REPRODUCED, NOT_REPRODUCED),
+    decides: bool = True,
+    **labels: object,
+) -> dict:
+    """Test effects, one a seed or model, against ``rule``: one row of a table of tests.
+
+    The verdict is taken twice, by the bootstrap interval of the mean and by Student's; one that is not ``allowed``
+    becomes inconclusive. The columns are those of ``all_tests``; ``labels`` fill them.
+    """
+    interval, t = bootstrap_interval(values), t_interval(values)
+    outcomes = [verdict(each, rule) for each in (interval, t)]
+    outcomes = [outcome if outcome in allowed else INCONCLUSIVE for outcome in outcomes]
+    row = {"claim": "", "exhibit": "", "corpus": "", "model": "", "method": "", "against": ""}
+    row |= {"mean": values.mean(), "low": interval[0], "high": interval[1], "unit": "nats", "pairs": len(values)}
+    row |= {"agree": int(((rule.holds[0] < values) & (values < rule.holds[1])).sum()), "verdict": outcomes[0]}
+    row |= {"t_low": t[0], "t_high": t[1], "t_verdict": outcomes[1], "decides": decides, "every": True}
+    return row | {"holds_from": rule.holds[0], "holds_to": rule.holds[1], "note": ""} | labels
+
+
+def not_run(claim: str, exhibit: str, decides: bool = True, corpus: str = "–", **labels: object) -> dict:
+    """The row of a test whose exhibit has not been run."""
+    row = judge(pd.Series(dtype=float), below(), decides=decides, claim=claim, exhibit=exhibit, corpus=corpus)
+    return row | {"model": "–", "verdict": NOT_RUN, "t_verdict": NOT_RUN} | labels
+
+
+def conclude(tests: pd.DataFrame, column: str = "verdict") -> pd.Series:
+    """The verdict on each claim of a table of tests, from those of its tests that decide."""
+    claims = tests[tests["decides"]].groupby("claim", sort=False)
+    return pd.Series({claim: combine(found[column], found["every"].all()) for claim, found in claims})
+
+
+def weakest(tests: pd.DataFrame) -> pd.Series:
+    """The deciding test on which a claim's verdict hangs.
+
+    It is the one whose interval, or else mean, reaches furthest towards where the claim fails; or, where one test
+    suffices, furthest away from there.
+    """
+    deciding = tests[tests["decides"]]
+    low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
+    inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
+    if inside.isna().all():
+        return deciding.iloc[0]
+    return deciding.loc[inside.idxmin() if deciding["every"].all() else inside.idxmax()]
+
+
+def effect_text(test: pd.Series, digits: int = 2) -> str:
+    """Write the effect of one test, as in ``-0.43 [-0.51, -0.40]``; a dash where nothing was measured."""
+    mean, low, high = (f"{round(test[name], digits) + 0.0:+.{digits}f}" for name in ("mean", "low", "high"))
+    if math.isnan(test["mean"]):
+        return "–"
+    return mean if math.isnan(test["low"]) else f"{mean} [{low}, {high}]"
