@@ -72,7 +72,7 @@ def test_every_corpus_is_clean(loaded, name):
 
 
 def test_same_in_another_process_and_silent(loaded):
-    code = "from unlearnlib.texts.loaded import load_corpus\nimport sys\n"
+    code = "from unlearnlib.texts.corpora import load_corpus\nimport sys\n"
     code += "out = [load_corpus(name)._fingerprint for name in sys.argv[1:]]\nprint(*out)"
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-W", "error", "-c", code, *OFFLINE]

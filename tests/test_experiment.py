@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from unlearnlib import weights
-from unlearnlib.experiment import case, profiles
+from unlearnlib.experiment import case as one_case
+from unlearnlib.experiment import profiles
+from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
 from unlearnlib.methods import first_order, matching
@@ -32,10 +34,10 @@ TINY_PROFILE = dataclasses.replace(
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        corpus = case.load_corpus("tales")  # from the user's cache
-        patch.setattr(case, "load_corpus", lambda name: corpus)
+        corpus = one_case.load_corpus("tales")  # from the user's cache
+        patch.setattr(one_case, "load_corpus", lambda name: corpus)
         patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield case.prepare(TINY_PROFILE)
+        yield one_case.prepare(TINY_PROFILE)
 
 
 def test_the_three_models_are_trained_on_what_their_names_say(cases):
@@ -57,7 +59,7 @@ def test_every_copy_of_a_model_is_fresh(cases):
 
 def test_a_report_says_what_the_measures_say(cases):
     case = cases[0]
-    report = case.Report(case, case.retrained())
+    report = Report(case, case.retrained())
     original = case.original()
     values = report.measure("original", original, strength=3.0)
     assert values["forget_loss"] == pytest.approx(mean_loss(original, case.splits.forget), rel=1e-5)
@@ -74,8 +76,8 @@ def test_a_report_says_what_the_measures_say(cases):
 def test_rounding_and_extraction_are_measured_where_they_are_asked_for(cases):
     case = cases[0]
     original = case.original()
-    plain = case.Report(case, case.retrained()).measure("original", original)
-    values = case.Report(case, case.retrained(), rounding=True, extraction=8).measure("original", original)
+    plain = Report(case, case.retrained()).measure("original", original)
+    values = Report(case, case.retrained(), rounding=True, extraction=8).measure("original", original)
     more = {
         f"{metric}_{bits}bit" for metric in ("forget_loss", "holdout_loss", "membership_auc") for bits in (4, 8)
     }
@@ -115,7 +117,7 @@ def test_a_retain_set_that_cannot_be_parted_is_refused(cases):
 
 def test_a_report_follows_a_direction_through_the_target(cases):
     case = cases[0]
-    report = case.Report(case, case.retrained())
+    report = Report(case, case.retrained())
     model = case.original()
     start, delta = weights.snapshot(model), first_order.ascent_direction(model, case.splits.forget)
     report.reference("original", case.original())
@@ -125,13 +127,13 @@ def test_a_report_follows_a_direction_through_the_target(cases):
     assert match.loss == pytest.approx(report.target, abs=matching.TOLERANCE)
     assert report.matches["gradient_ascent"] == match
     assert len(report.curves["gradient_ascent"]) == 31
-    frontier = case.frontier_table([report])
+    frontier = frontier_table([report])
     points = frontier.pivot_table(index=["method", "share"], columns="metric", values="value")
-    assert list(points.index) == [("gradient_ascent", share) for share in case.SHARES] + [("original", 0.0)]
+    assert list(points.index) == [("gradient_ascent", share) for share in SHARES] + [("original", 0.0)]
     gap = report.target - report.original_loss
     for (_, share), excess in points["forget_excess"].items():
         assert excess == pytest.approx((share - 1) * gap, abs=matching.TOLERANCE)
-    table = case.results_table([report])
+    table = results_table([report])
     at_match = table.query("method == 'gradient_ascent' and metric == 'forget_loss'")["value"].item()
     assert at_match == pytest.approx(match.loss, rel=1e-5)
 
@@ -145,7 +147,7 @@ def test_a_report_counts_steps_from_the_first_one_on(cases):
         loss = first_order.ascent_loss
         return model, first_order.descend(model, loss, splits.forget, case.estimation, optimizer, seed=0)
 
-    report = case.Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
+    report = Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
     match = report.follow_steps("gradient_ascent", *start())
     model, steps = start()
     straight = matching.match_steps(model, steps, lambda: mean_loss(model, case.splits.forget), report.target)
@@ -154,18 +156,18 @@ def test_a_report_counts_steps_from_the_first_one_on(cases):
     assert straight.strength > 3
     [noted] = (row["value"] for row in report.rows if row["metric"] == "strength")
     assert noted == match.strength
-    most = case.Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
+    most = Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
     assert (most.strength, most.reached) == (3, False)
 
 
 def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
     case = cases[0]
-    report = case.Report(case, case.retrained())
+    report = Report(case, case.retrained())
     model = case.original()
     end = matching.Match(3.0, report.original_loss, reached=False, evaluations=1)
     assert report.follow("finetuned", model, lambda loss: end) == end
-    assert [point["share"] for point in report.frontier] == [case.SHARES[0]]
-    table = case.results_table([report])
+    assert [point["share"] for point in report.frontier] == [SHARES[0]]
+    table = results_table([report])
     assert table.query("metric == 'reached'")["value"].item() == 0.0
 
 
@@ -184,16 +186,20 @@ EXPERIMENT = """
 import sys
 import pandas as pd
 from test_experiment import TINY_PROFILE
-from unlearnlib import experiment, gradient_ascent, matching, measures, results
+from unlearnlib.experiment import case as one_case
+from unlearnlib.experiment.report import Report
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods import first_order, matching
+from unlearnlib.verdicts import results
 import torch
 
-corpus = case.load_corpus("tales")
-case.load_corpus = lambda name: corpus
+corpus = one_case.load_corpus("tales")
+one_case.load_corpus = lambda name: corpus
 import os
 os.environ["UNLEARNLIB_CACHE"] = sys.argv[1] + "/cache"
 rows = []
-for case in case.prepare(TINY_PROFILE):
-    report = case.Report(case, case.retrained())
+for case in one_case.prepare(TINY_PROFILE):
+    report = Report(case, case.retrained())
     model = case.original()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     splits = case.splits
@@ -223,10 +229,10 @@ def test_the_second_corpus_has_enough_text_at_every_profile():
     for name in ("quick", "cpu"):
         settings = profiles.on_second_corpus(profiles.get_profile(name), 3)
         assert (settings.corpus, settings.seeds) == ("socialiqa", (0, 1, 2))
-        corpus = case.load_corpus(settings.corpus)
-        tokenizer = case.train_tokenizer(corpus["text"], settings.vocabulary)
+        corpus = one_case.load_corpus(settings.corpus)
+        tokenizer = one_case.train_tokenizer(corpus["text"], settings.vocabulary)
         sizes = {split: getattr(settings, split) for split in ("forget", "retain", "holdout")}
         for seed in settings.seeds:
-            splits = case.make_splits(corpus, tokenizer, length=settings.length, seed=seed, **sizes)
+            splits = one_case.make_splits(corpus, tokenizer, length=settings.length, seed=seed, **sizes)
             assert {split: len(getattr(splits, split)) for split in sizes} == sizes
     assert profiles.on_second_corpus(settings, 1).corpus == "reuters"

@@ -17,7 +17,7 @@ from unlearnlib.losses import sequence_losses
 from unlearnlib.measures import exposure
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
-from unlearnlib.own import checks, fulfil, methods, rehearsal, request, texts
+from unlearnlib.own import checks, fulfilment, methods, rehearsal, request, texts
 from unlearnlib.own import report as own_report
 from unlearnlib.own.request import Request
 from unlearnlib.texts.sequences import train_tokenizer
@@ -135,11 +135,11 @@ def must_not_be_measured(*args):
 
 
 def test_a_second_run_for_an_output_is_refused_at_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfilment, "measure", must_not_be_measured)
     with cache.new_folder(tmp_path / "out"):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(BlockingIOError, match="another run is making"):
-            fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
+            fulfilment.fulfil(make(folder, tmp_path / "out"), CPU)
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -149,9 +149,9 @@ def test_what_comes_to_the_place_of_the_output_stays(folder, tmp_path, monkeypat
         (tmp_path / "out" / "theirs").write_text("precious")
         return own_report.measure(*args)
 
-    monkeypatch.setattr(fulfil, "measure", interfere)
+    monkeypatch.setattr(fulfilment, "measure", interfere)
     with pytest.raises(FileExistsError, match="is left as it is: the finished folder is") as error:
-        fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
+        fulfilment.fulfil(make(folder, tmp_path / "out"), CPU)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
     [finished] = [path for path in tmp_path.iterdir() if path.name != "out"]
     assert str(finished) in str(error.value)
@@ -161,14 +161,14 @@ def test_what_comes_to_the_place_of_the_output_stays(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize("place", ["forget.jsonl/out", "x" * 300])
 def test_places_that_cannot_be_written_are_found_at_once(folder, tmp_path, monkeypatch, place):
-    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfilment, "measure", must_not_be_measured)
     write(tmp_path / "forget.jsonl", FORGET)
     with pytest.raises(OSError, match="nothing can be written at"):
-        fulfil.fulfil(make(folder, tmp_path / place), CPU)
+        fulfilment.fulfil(make(folder, tmp_path / place), CPU)
 
 
 def test_a_long_name_is_a_name_like_any_other(folder, tmp_path):
-    fulfil.fulfil(make(folder, tmp_path / ("x" * 250)), CPU)
+    fulfilment.fulfil(make(folder, tmp_path / ("x" * 250)), CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]
 
 
@@ -316,17 +316,17 @@ def test_a_method_that_cannot_work_is_refused_with_those_that_do(folder, tmp_pat
     loading.load_model(ELSEWHERE[architecture], device="cpu").save_pretrained(source)
     AutoTokenizer.from_pretrained(folder / "opt" / "model").save_pretrained(source)
     with monkeypatch.context() as patch:
-        patch.setattr(fulfil, "measure", must_not_be_measured)
+        patch.setattr(fulfilment, "measure", must_not_be_measured)
         for method in ("fisher_dual", "kfac"):
             request = make(folder, tmp_path / "out", model=source, method=method)
             message = f"{method} cannot work .* choose gradient_ascent or "
             with pytest.raises(NotImplementedError, match=message) as error:
-                fulfil.fulfil(request, CPU)
+                fulfilment.fulfil(request, CPU)
             assert not re.search("freeze|FisherDual", str(error.value))
     if architecture in ("mixtral", "mamba"):  # of two is enough: it takes time
         for method in str(error.value).rpartition(": choose ")[2].split(" or "):
             request = make(folder, tmp_path / method, model=source, method=method, strength=1, damping=1.0)
-            fulfil.fulfil(request, CPU)
+            fulfilment.fulfil(request, CPU)
 
 
 def test_weights_that_take_no_part_leave_the_methods_that_do_not_mind(folder, tmp_path):
@@ -394,10 +394,10 @@ def test_damaged_weights_are_found_first(folder, tmp_path, monkeypatch, architec
     rows.data[0] = value
     copy = copy_of(folder, tmp_path)
     model.save_pretrained(copy)
-    monkeypatch.setattr(fulfil, "measure", must_not_be_measured)
+    monkeypatch.setattr(fulfilment, "measure", must_not_be_measured)
     for changes in ({"model": str(copy)}, {"reference": str(copy)}):
         with pytest.raises(FloatingPointError, match=message):
-            fulfil.fulfil(make(folder, tmp_path / "out", **changes), CPU)
+            fulfilment.fulfil(make(folder, tmp_path / "out", **changes), CPU)
 
 
 def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path, monkeypatch):
@@ -408,12 +408,12 @@ def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path
     monkeypatch.setattr(checks, "available_bytes", lambda device: needed - 1)
     number = f"{needed / 2**30:.1f}"
     with pytest.raises(MemoryError, match=f"about {number} GiB of memory, and {number} GiB are free: take"):
-        fulfil.fulfil(request, CPU)
+        fulfilment.fulfil(request, CPU)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(checks, "available_bytes", lambda device: needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(OSError, match=r"needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
-        fulfil.fulfil(request, CPU)
+        fulfilment.fulfil(request, CPU)
 
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])
@@ -422,7 +422,7 @@ def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, method):
     model = load(request.model)
     sequences = torch.randint(300, (96, LENGTH), generator=torch.Generator().manual_seed(0))
     material = texts.Material(None, sequences[:40], sequences[40:], None, [])
-    used = cost.measure(lambda: fulfil.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
+    used = cost.measure(lambda: fulfilment.unlearn(model, material, request, None), "cpu", 1, 0).peak_bytes
     used += 4 * loading.parameter_count(model)
     needed = checks.needed_bytes(request, model, len(material.estimation))
     assert used < needed < 4 * used
@@ -450,7 +450,7 @@ def explicit_direction(method, model, material, damping):
 def test_what_is_written_is_the_start_plus_strength_times_direction(folder, tmp_path, method):
     request = make(folder, tmp_path / "out", "gpt2", method=method, strength=0.02, damping=0.01)
     before = hashes(folder / "gpt2" / "model")
-    fulfil.fulfil(request, CPU)
+    fulfilment.fulfil(request, CPU)
     assert hashes(folder / "gpt2" / "model") == before
     model, written = load(request.model), load(request.output)
     # GPT-2 was trained with dropout. There is none while we edit, but what is written keeps the setting.
@@ -477,7 +477,7 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
         learning_rate=1e-3,
     )
     before = [hashes(folder / architecture / kind) for kind in ("model", "reference")]
-    report = fulfil.fulfil(request, CPU)
+    report = fulfilment.fulfil(request, CPU)
     assert [hashes(folder / architecture / kind) for kind in ("model", "reference")] == before
     rounding = 0.05 if architecture == "llama" else 0.0  # its source is in bfloat16, and so is what is written
     assert load(request.output).dtype == torch.float32
@@ -513,7 +513,7 @@ def test_a_match_brings_the_written_model_to_the_references_loss(folder, tmp_pat
 
 def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path):
     request = make(folder, tmp_path / "out", method="kfac", strength="match", target_loss=4.0)
-    report = fulfil.fulfil(request, CPU)
+    report = fulfilment.fulfil(request, CPU)
     material, _ = checks.prepare(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
     model = load(request.model)
     start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, sequence_losses)
@@ -529,7 +529,7 @@ def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path)
 def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
     settings = {"method": "fisher_forgetting", "strength": 1e-9, "damping": 1e-2, "noise": 0.05}
     request = make(folder, tmp_path / "out", **settings)
-    fulfil.fulfil(request, CPU)
+    fulfilment.fulfil(request, CPU)
     start = weights.snapshot(load(request.model))
     moved = weights.difference(weights.snapshot(load(request.output)), start)
     assert weights.norm(moved) == pytest.approx(0.05 * weights.norm(start), rel=1e-3)
@@ -537,7 +537,7 @@ def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
 
 def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
     request = make(folder, tmp_path / "out", method="gradient_difference", strength=3, learning_rate=1e-4)
-    report = fulfil.fulfil(request, CPU)
+    report = fulfilment.fulfil(request, CPU)
     start = weights.snapshot(load(request.model))
     moved = weights.flatten(weights.difference(weights.snapshot(load(request.output)), start)).abs()
     assert 1.5e-4 < moved.max() < 3.3e-4  # Adam moves a weight by its learning rate a step at most, or hardly more
@@ -547,18 +547,18 @@ def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
 def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "MOST_STEPS", 2)
     settings = {"method": "gradient_difference", "strength": "match", "target_loss": 9.0}
-    report = fulfil.fulfil(make(folder, tmp_path / "up", **settings), CPU)
+    report = fulfilment.fulfil(make(folder, tmp_path / "up", **settings), CPU)
     assert not report["result"]["reached"]
     assert any("target loss of 9.00 nats was not reached" in warning for warning in report["warnings"])
     settings |= {"method": "kfac", "target_loss": 0.001}  # below where the model is
-    report = fulfil.fulfil(make(folder, tmp_path / "down", **settings), CPU)
+    report = fulfilment.fulfil(make(folder, tmp_path / "down", **settings), CPU)
     assert not report["result"]["reached"]
     assert any("nothing was changed: the model's loss" in warning for warning in report["warnings"])
 
 
 def test_a_strength_that_destroys_the_model_is_an_error(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="smaller strength"):
-        fulfil.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
+        fulfilment.fulfil(make(folder, tmp_path / "out", strength=1e38), CPU)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -567,7 +567,7 @@ def test_so_is_one_that_does_so_on_rounding_only(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float16).save_pretrained(copy)
     request = make(folder, tmp_path / "out", model=str(copy), strength=2e7)
     with pytest.raises(FloatingPointError, match="weights too large for float16: take a smaller strength"):
-        fulfil.fulfil(request, CPU)
+        fulfilment.fulfil(request, CPU)
     assert list(tmp_path.iterdir()) == [copy]
 
 
@@ -582,7 +582,7 @@ def test_losses_that_are_not_finite_are_errors(folder, tmp_path):
 
 def test_a_probe_that_diverges_has_no_value(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(own_report.relearning, "relearning_curve", lambda *args: [3.0, float("nan")])
-    report = fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
+    report = fulfilment.fulfil(make(folder, tmp_path / "out"), CPU)
     assert report["measures"]["after"]["relearned_fall"] is None
     assert any("the relearning probe diverged" in warning for warning in report["warnings"])
     json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=must_not_be_measured)
@@ -600,8 +600,8 @@ def test_the_report_has_the_hashes_of_what_was_read(folder, tmp_path, monkeypatc
             write(path, HOLDOUT)
         return own_report.measure(*args)
 
-    monkeypatch.setattr(fulfil, "measure", interfere)
-    report = fulfil.fulfil(make(folder, tmp_path / "out", forget_file=str(path)), CPU)
+    monkeypatch.setattr(fulfilment, "measure", interfere)
+    report = fulfilment.fulfil(make(folder, tmp_path / "out", forget_file=str(path)), CPU)
     assert report["request"]["files"]["forget"] == {"name": "request.jsonl", "sha256": expected}
 
 
@@ -612,7 +612,7 @@ def test_code_that_was_not_used_is_not_referred_to(folder, tmp_path):
         "tokenizer_config.json": {"AutoTokenizer": ["code.T", None]},
     }.items():
         (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"auto_map": auto_map}))
-    fulfil.fulfil(make(folder, tmp_path / "out", model=str(copy)), CPU)
+    fulfilment.fulfil(make(folder, tmp_path / "out", model=str(copy)), CPU)
     assert not any(b"auto_map" in file.read_bytes() for file in (tmp_path / "out").iterdir())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -620,7 +620,7 @@ def test_code_that_was_not_used_is_not_referred_to(folder, tmp_path):
 
 @pytest.mark.parametrize("broken", ["as_markdown", "measure"])
 def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
-    calls, real = [], getattr(fulfil, broken)
+    calls, real = [], getattr(fulfilment, broken)
 
     def interrupt(*args):
         calls.append(args)
@@ -629,7 +629,7 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, broken):
         assert any(tmp_path.iterdir())  # now there is something half-written
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fulfil, broken, interrupt)
+    monkeypatch.setattr(fulfilment, broken, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fulfil.fulfil(make(folder, tmp_path / "out"), CPU)
+        fulfilment.fulfil(make(folder, tmp_path / "out"), CPU)
     assert list(tmp_path.iterdir()) == []

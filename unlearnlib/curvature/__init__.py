@@ -1,6 +1,5 @@
 """The matrix C of second-order methods, by every route that does not form it; all share one protocol."""
 
-from unlearnlib.curvature.capture import capture, find_layers
 from unlearnlib.curvature.fisher import (
     FisherDiagonal,
     FisherDual,
@@ -48,12 +47,10 @@ __all__ = [
     "NotConverged",
     "Outputs",
     "StreamingFisher",
-    "capture",
     "conjugate_gradients",
     "diagonal",
     "effective_rank",
     "ekfac",
-    "find_layers",
     "from_factors",
     "kfac",
     "lanczos",

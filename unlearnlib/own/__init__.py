@@ -2,7 +2,7 @@
 
 from unlearnlib.own.checks import available_bytes, prepare
 from unlearnlib.own.files import read_texts
-from unlearnlib.own.fulfil import fulfil
+from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.methods import build_curvature, unlearn
 from unlearnlib.own.report import CANDIDATES, HEADINGS, auc_error, number_text
 from unlearnlib.own.request import STRENGTHS, Request

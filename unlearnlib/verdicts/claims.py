@@ -123,7 +123,7 @@ def c5(table: pd.DataFrame | None, fraction: float = 0.25) -> pd.DataFrame:
     """
     if table is None:
         return pd.DataFrame([not_run("C5", "repeated_requests", method="fisher_forgetting")])
-    readings = ("fisher_forgetting", "fisher_forgetting:noise")
+    readings = ("fisher_forgetting", "noise")
     first_order = ("gradient_ascent", "gradient_difference")
     request = _setting(table, "request")
     last = table[request == request.max()]
