@@ -204,7 +204,7 @@ print(json.dumps([[dataset[i]["question"], dataset[i]["answer"]] for i in range(
     drawn = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     ending = " Give the result as your final answer. Do not include units."
     original = [(" ".join(question.removesuffix(ending).split()), answer) for question, answer in drawn]
-    corpus = corpora["maths"]
+    corpus = loaded["maths"]
     ours = list(zip(corpus["question"], corpus["answer"], strict=True))
     assert set(ours) <= set(original)
     order = {item: i for i, item in reversed(list(enumerate(original)))}
