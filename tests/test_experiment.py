@@ -37,7 +37,7 @@ def cases(tmp_path_factory):
         corpus = one_case.load_corpus("tales")  # from the user's cache
         patch.setattr(one_case, "load_corpus", lambda name: corpus)
         patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield one_case.prepare(TINY_PROFILE)
+        yield one_case.make_cases(TINY_PROFILE)
 
 
 def test_the_three_models_are_trained_on_what_their_names_say(cases):
@@ -198,7 +198,7 @@ one_case.load_corpus = lambda name: corpus
 import os
 os.environ["UNLEARNLIB_CACHE"] = sys.argv[1] + "/cache"
 rows = []
-for case in one_case.prepare(TINY_PROFILE):
+for case in one_case.make_cases(TINY_PROFILE):
     report = Report(case, case.retrained())
     model = case.original()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
