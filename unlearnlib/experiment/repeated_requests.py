@@ -114,8 +114,8 @@ class Series:
             matches.append(match)
         return matches
 
-    def measure(self, method: str, model: PreTrainedModel, request: int) -> None:
-        """Measure ``model`` after request number ``request`` (0: before the first), and keep the rows.
+    def measure(self, method: str, model: PreTrainedModel, request: int) -> dict[str, float]:
+        """Measure ``model`` after request number ``request`` (0: before the first); keep the rows, return the values.
 
         ``validation_loss`` is that of ``probed``, which no step and no choice reads, ``kl_holdout`` the divergence
         from the retrained model on ``PROBED`` holdout sequences, ``membership_auc`` that of all sets forgotten so
@@ -141,6 +141,7 @@ class Series:
         if request * self.size == len(self.case.splits.forget):
             values["kl_moment"] = mean_kl(self.case.retrained(), model, probed)
         self._keep(method, request, values)
+        return values
 
     def _keep(self, method: str, request: int, values: dict[str, float]) -> None:
         self.rows += [row | {"request": request} for row in self.case.rows(method, values)]
