@@ -1,6 +1,7 @@
 """What is done to a model to make it forget, and how every method is brought to the same forget loss."""
 
 from unlearnlib.methods.first_order import (
+    adam_walk,
     ascent_direction,
     ascent_loss,
     descend,
@@ -34,6 +35,7 @@ __all__ = [
     "Path",
     "RemovalInSteps",
     "Walk",
+    "adam_walk",
     "ascent_direction",
     "ascent_loss",
     "best_setting",
