@@ -115,7 +115,7 @@ class Series:
         return matches
 
     def measure(self, method: str, model: PreTrainedModel, request: int) -> dict[str, float]:
-        """Measure ``model`` after request number ``request`` (0: before the first); keep the rows, return the values.
+        """Measure ``model`` after request number ``request`` (0: before the first). Keep and return the values.
 
         ``validation_loss`` is that of ``probed``, which no step and no choice reads, ``kl_holdout`` the divergence
         from the retrained model on ``PROBED`` holdout sequences, ``membership_auc`` that of all sets forgotten so

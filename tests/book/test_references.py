@@ -9,7 +9,7 @@ import pytest
 from unlearnlib.experiment import profiles
 from unlearnlib.texts import corpora, wheels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROSE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "book").glob("*.md"))}
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

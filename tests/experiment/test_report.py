@@ -243,7 +243,7 @@ def test_unknown_profiles_corpora_and_numbers_are_refused():
 EXPERIMENT = """
 import sys
 import pandas as pd
-from test_experiment import TINY_PROFILE
+from test_report import TINY_PROFILE
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
@@ -277,7 +277,8 @@ def test_the_same_experiment_twice_from_nothing_gives_the_same_bytes(tmp_path, p
     written = []
     for name in ("first", "second"):
         command = [sys.executable, "-c", EXPERIMENT, str(tmp_path / name)]
-        subprocess.run(command, check=True, cwd=pytestconfig.rootpath / "tests", capture_output=True)
+        folder = pytestconfig.rootpath / "tests" / "experiment"
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
         written.append((tmp_path / name / "twice.csv").read_bytes())
     assert written[0] == written[1]
     assert written[0].count(b"\n") > 20

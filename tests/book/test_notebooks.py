@@ -24,7 +24,7 @@ from unlearnlib.book import notebooks
 from unlearnlib.book.build import _say, main
 from unlearnlib.book.notebooks import is_done, listed_notebooks, plan, run_notebooks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHAPTERS = listed_notebooks(ROOT)
 PARAMETERS = 'profile = "quick"\nresults = "results"'
 
