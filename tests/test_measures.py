@@ -6,7 +6,8 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from scipy import special
 
-from unlearnlib.losses import batched, mean_loss, sequence_losses
+from unlearnlib import losses
+from unlearnlib.losses import batched, batches, mean_loss, sequence_losses
 from unlearnlib.measures.evaluation import compare, mean_kl, membership_auc, min_k_scores, token_accuracy
 
 
@@ -50,10 +51,23 @@ def test_token_accuracy_counts_hits():
     assert token_accuracy(model, sequences) == pytest.approx(hits.mean())
 
 
-def test_batching_changes_nothing():
+def test_batching_changes_nothing(monkeypatch):
     model, sequences = tiny_model(), random_sequences(11)
     whole = sequence_losses(model, sequences)
-    torch.testing.assert_close(batched(sequence_losses, model, sequences, 4), whole.detach())
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 4)
+    torch.testing.assert_close(batched(sequence_losses, model, sequences), whole.detach())
+
+
+@pytest.mark.parametrize(
+    ("sequences", "logits", "sizes"),
+    [(32, 2**26, [32, 32, 6]), (100, 10 * 11 * VOCABULARY, 7 * [10]), (4, 11 * VOCABULARY - 1, 70 * [1])],
+)
+def test_batches_hold_no_more_than_is_allowed_and_at_least_one(sequences, logits, sizes, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", sequences)
+    monkeypatch.setattr(losses, "MOST_LOGITS", logits)
+    parts = batches(tiny_model(), random_sequences(70, length=12))
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), random_sequences(70, length=12))
 
 
 def test_auc_is_the_share_of_pairs_ranked_right():
@@ -75,11 +89,12 @@ def test_sequences_beyond_the_context_are_refused():
         mean_loss(tiny_model(), random_sequences(2, length=33))
 
 
-def test_one_pass_tells_what_three_would():
+def test_one_pass_tells_what_three_would(monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 2)
     model, reference, sequences = tiny_model(), tiny_model(seed=1), random_sequences(5)
-    losses, hits, kl = compare(model, reference, sequences, batch_size=2)
+    by_token, hits, kl = compare(model, reference, sequences)
     p, q = (m(input_ids=sequences).logits[:, :-1].detach().softmax(dim=2) for m in (reference, model))
-    torch.testing.assert_close(losses, -q.log().gather(2, sequences[:, 1:, None])[..., 0])
+    torch.testing.assert_close(by_token, -q.log().gather(2, sequences[:, 1:, None])[..., 0])
     assert torch.equal(hits, q.argmax(dim=2) == sequences[:, 1:])
     torch.testing.assert_close(kl, (p * (p / q).log()).sum(dim=2).mean(dim=1))
     assert mean_kl(reference, model, sequences) == pytest.approx(kl.mean().item())

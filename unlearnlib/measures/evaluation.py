@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import batched, log_probabilities, logits
+from unlearnlib.losses import batched, batches, log_probabilities, logits
 
 
 def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
@@ -19,7 +19,7 @@ def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
 
 
 def compare(
-    model: PreTrainedModel, reference: PreTrainedModel, sequences: Tensor, batch_size: int = 32
+    model: PreTrainedModel, reference: PreTrainedModel, sequences: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All that one pass of each model over ``sequences`` [n, tokens] tells, on the CPU.
 
@@ -29,7 +29,7 @@ def compare(
     """
     parts = []
     with torch.no_grad():
-        for batch in sequences.split(batch_size):
+        for batch in batches(model, sequences):
             targets = batch[:, 1:].to(model.device)
             p, q = log_probabilities(reference, batch), log_probabilities(model, batch)
             losses = -q.gather(2, targets[..., None])[..., 0]
