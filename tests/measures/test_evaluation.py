@@ -6,7 +6,8 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from scipy import special
 
-from unlearnlib.losses import batched, mean_loss, sequence_losses
+from unlearnlib import losses
+from unlearnlib.losses import batched, batches, mean_loss, sequence_losses
 from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
 
 
@@ -44,10 +45,23 @@ def test_kl_against_numpy_and_zero_to_itself():
     assert mean_kl(p_model, p_model, sequences) == pytest.approx(0, abs=1e-14)
 
 
-def test_batching_changes_nothing():
+def test_batching_changes_nothing(monkeypatch):
     model, sequences = tiny_model(), random_sequences(11)
     whole = sequence_losses(model, sequences)
-    torch.testing.assert_close(batched(sequence_losses, model, sequences, 4), whole.detach())
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 4)
+    torch.testing.assert_close(batched(sequence_losses, model, sequences), whole.detach())
+
+
+@pytest.mark.parametrize(
+    ("sequences", "logits", "sizes"),
+    [(32, 2**26, [32, 32, 6]), (100, 10 * 11 * VOCABULARY, 7 * [10]), (4, 11 * VOCABULARY - 1, 70 * [1])],
+)
+def test_batches_hold_no_more_than_is_allowed_and_at_least_one(sequences, logits, sizes, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", sequences)
+    monkeypatch.setattr(losses, "MOST_LOGITS", logits)
+    parts = batches(tiny_model(), random_sequences(70, length=12))
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), random_sequences(70, length=12))
 
 
 def test_auc_is_the_share_of_pairs_ranked_right():
@@ -74,11 +88,11 @@ def test_one_pass_tells_losses_hits_and_divergence():
     reading = read(model, sequences, reference)
     p, q = (numpy_log_probabilities(m, sequences) for m in (reference, model))
     targets = sequences[:, 1:].numpy()
-    losses = -np.take_along_axis(q, targets[..., None], axis=2)[..., 0]
-    np.testing.assert_allclose(reading.losses, losses, rtol=1e-9)
+    by_token = -np.take_along_axis(q, targets[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(reading.losses, by_token, rtol=1e-9)
     assert np.array_equal(reading.hits, q.argmax(axis=2) == targets)
     np.testing.assert_allclose(reading.kl, (np.exp(p) * (p - q)).sum(axis=2).mean(axis=1), rtol=1e-6)
-    assert reading.loss == pytest.approx(losses.mean())
+    assert reading.loss == pytest.approx(by_token.mean())
     assert reading.loss == pytest.approx(mean_loss(model, sequences))
     assert reading.accuracy == pytest.approx((q.argmax(axis=2) == targets).mean())
     assert reading.divergence == pytest.approx(reading.kl.mean().item())

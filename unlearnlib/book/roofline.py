@@ -169,7 +169,7 @@ def routes(
         kept(14, 6) if m == batch else kept(14, 8) + squares * 4
     )  # the last batch's logits are still there
     factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
-    combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
+    one = min(32, forget)  # sequences at a time for Δ
     chunk = max(budget, m * max(t + table, 4 * h) * 4)  # at least a row of the widest layer of all sequences
 
     return {
@@ -196,8 +196,8 @@ def routes(
             gradients,
         ),
         "fisher_dual:streaming": Route(
-            [trunk, float32(head, 0), own_gram, decomposition, passes(3, batch=combined)],
-            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
+            [trunk, float32(head, 0), own_gram, decomposition, passes(3)],
+            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3)) + 2 * v,
         ),
         "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
         "kfac": Route(factors, factors_bytes),
