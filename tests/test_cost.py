@@ -87,9 +87,9 @@ def test_cuda_is_synchronised_and_asked_for_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
-    fake_clock(monkeypatch, "perf_counter", 1.0, 2.0, 3.0)
+    fake_clock(monkeypatch, "perf_counter", 9.0, 1.0, 2.0, 3.0)  # the first is for the memory
     assert cost.measure(lambda: log.append("call"), "cuda") == cost.Cost(2.0, 250)
-    assert log == ["reset", "call", "wait"] + 3 * ["wait", "call", "wait"]
+    assert log == ["reset"] + 4 * ["wait", "call", "wait"]
 
 
 def test_an_error_of_the_function_comes_through_and_leaves_no_trace():

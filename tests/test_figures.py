@@ -7,8 +7,8 @@ from unlearnlib.methods import matching
 
 
 def test_source_is_the_modules_own():
-    shown = figures.source(matching.match_steps, matching.match_strength).data
-    assert inspect.getsource(matching.match_steps) in shown
+    shown = figures.show_source(matching.Line, matching.match_strength).data
+    assert inspect.getsource(matching.Line) in shown
     assert inspect.getsource(matching.match_strength) in shown
 
 

@@ -156,3 +156,39 @@ def test_ascent_into_nothingness_is_an_error(case):
     with pytest.raises(FloatingPointError, match="stop earlier or take smaller steps"):
         for _ in range(20):
             next(steps)
+
+
+def test_the_walk_of_adam_is_adam_by_its_formula(case):
+    model, forget, retain = case
+    rate, moments = 1e-3, {}
+    walk = first_order.adam_walk(model, first_order.gradient_difference_loss, forget, retain, rate, 0, max_steps=3)
+    other = tiny_model()
+    for t in (1, 2, 3):  # one batch holds all sequences
+        live = weights.parameters(other)
+        value = reference_loss(other, retain) - reference_loss(other, forget)
+        for (name, p), g in zip(live.items(), torch.autograd.grad(value, list(live.values())), strict=True):
+            m, v = moments.get(name, (0.0, 0.0))
+            moments[name] = m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            p.data -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    assert walk.to(100.0).strength == 3  # far away: all the steps there are
+    for ours, theirs in zip(weights.snapshot(model).values(), weights.snapshot(other).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_the_walk_of_adam_takes_batches_of_the_size_and_order_asked_for(case):
+    _, forget, retain = case
+
+    def batches(seed):
+        seen = []
+
+        def loss(model, forget_batch, retain_batch):
+            seen.append(torch.stack((forget_batch, retain_batch)))
+            return first_order.ascent_loss(model, forget_batch, retain_batch)
+
+        first_order.adam_walk(tiny_model(), loss, forget, retain, 1e-5, seed, max_steps=3, batch_size=2).to(100.0)
+        return torch.cat(seen, dim=1)
+
+    first = batches(0)
+    assert first.shape == (2, 6, forget.shape[1])
+    assert torch.equal(first, batches(0))
+    assert not torch.equal(first, batches(1))

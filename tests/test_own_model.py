@@ -15,6 +15,7 @@ from unlearnlib import cache, cost, weights
 from unlearnlib.curvature import kronecker
 from unlearnlib.losses import sequence_losses
 from unlearnlib.measures import exposure
+from unlearnlib.methods.matching import Line
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
 from unlearnlib.own import checks, fulfilment, methods, rehearsal, request, texts
@@ -520,7 +521,7 @@ def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path)
     factors, found = kronecker.kfac(model, material.estimation), {}
     for damping in methods.DAMPINGS:
         direction = factors.solve(delta, damping)
-        if methods.match_direction(model, start, direction, material.forget, 4.0).reached:
+        if Line(model, direction, material.forget, start).to(4.0).reached:
             found[damping] = loss(model, material.validation).item()
         weights.set_weights(model, start)
     assert report["result"]["damping"] == min(found, key=found.__getitem__)

@@ -168,7 +168,7 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     assert table["earlier_excess", 3] == pytest.approx((excesses[0] + excesses[1]) / 2, abs=1e-5)
     assert table["earlier_lowest", 3] == pytest.approx(min(excesses[:2]), abs=1e-5)
     assert table["holdout_loss", 3] == pytest.approx(each[3].mean().item(), rel=1e-5)
-    assert table["retain_loss", 3] == pytest.approx(loss(model, case.splits.retain[30:]).item(), rel=1e-5)
+    assert table["validation_loss", 3] == pytest.approx(loss(model, case.splits.retain[30:]).item(), rel=1e-5)
     auc = roc_auc_score([1] * 6 + [0] * 6, -np.concatenate([losses.numpy() for losses in each]))
     assert table["membership_auc", 3] == pytest.approx(auc)
     p, q = (m(input_ids=case.splits.holdout).logits[:, :-1].log_softmax(2) for m in (retrained, model))

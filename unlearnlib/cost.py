@@ -1,32 +1,45 @@
 """What something costs on this machine: its time, its memory, and how both grow."""
 
+import contextlib
 import gc
 import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from scipy import stats
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import sequence_losses
+from unlearnlib.losses import counted_passes, sequence_losses
 from unlearnlib.weights import parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time in ``seconds``, and the most tensor memory in use above what was in use before, ``peak_bytes``."""
+    """Time in ``seconds``, and the most memory in use above what was in use before, ``peak_bytes``.
+
+    ``plain_passes`` counts sequences that went through models, in forward and backward passes
+    (:class:`unlearnlib.losses.Passes`); of what is not counted it is 0.
+    """
 
     seconds: float
     peak_bytes: int
+    plain_passes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """What two things cost that were done one after the other."""
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Cost(self.seconds + other.seconds, peak, self.plain_passes + other.plain_passes)
 
 
 def clock(device: torch.device | str) -> Callable[[], float]:
@@ -44,6 +57,51 @@ def clock(device: torch.device | str) -> Callable[[], float]:
 
         return read
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+class Meter:
+    """Measures what a block of code costs, once, while it runs; afterwards ``cost`` tells.
+
+    Time by the :func:`clock` of the device. Memory on CUDA is that of PyTorch's tensors, on a CPU that of the
+    process, looked at twenty times a second: it is for what takes long, :func:`measure` is exact.
+    """
+
+    cost: Cost
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def __enter__(self) -> "Meter":
+        self._stack = contextlib.ExitStack()
+        self._passes = self._stack.enter_context(counted_passes())
+        self._base = self._peak = self._used()
+        self._ended = threading.Event()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            watcher = threading.Thread(target=self._watch, daemon=True)
+            watcher.start()
+            self._stack.callback(watcher.join)
+            self._stack.callback(self._ended.set)
+        self._read = clock(self.device)
+        self._started = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = self._read() - self._started
+        self._stack.close()
+        if self.device.type == "cuda":
+            self._peak = torch.cuda.max_memory_allocated(self.device)
+        self.cost = Cost(seconds, self._peak - self._base, self._passes.plain)
+
+    def _used(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            self._peak = max(self._peak, self._used())
 
 
 def measure(
@@ -69,11 +127,9 @@ def measure(
 
 def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - start
+        with Meter(device) as meter:
+            function()
+        return meter.cost.peak_bytes
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says when it starts and when it stops
     gc.disable()  # else memory from before goes now and then, and makes a peak look lower
     try:

@@ -1,6 +1,8 @@
 """The loss of the book, from logits to means over sequences: all that is computed on a model goes through here."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +19,46 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
+@dataclass
+class Passes:
+    """How many sequences went through models: forward alone, and forward to be differentiated."""
+
+    forward: int = 0
+    differentiated: int = 0
+
+    @property
+    def plain(self) -> float:
+        """In plain passes over one sequence, forward and backward: a forward pass alone is a third of one."""
+        return self.differentiated + self.forward / 3
+
+
+_counts: list[Passes] = []
+
+
+@contextlib.contextmanager
+def counted_passes() -> Iterator[Passes]:
+    """Count, within the block, the sequences whose logits are computed, of whatever model."""
+    passes = Passes()
+    _counts.append(passes)
+    try:
+        yield passes
+    finally:
+        _counts[:] = [other for other in _counts if other is not passes]
+
+
+def note_pass(sequences: int) -> None:
+    """Tell all open counts that so many sequences go through a model."""
+    for passes in _counts:
+        if torch.is_grad_enabled():
+            passes.differentiated += sequences
+        else:
+            passes.forward += sequences
+
+
 def logits(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """Logits of every next token, shape [n, tokens - 1, vocabulary]; the last token predicts nothing."""
     check_length(model, sequences.shape[1])
+    note_pass(len(sequences))
     return model(input_ids=sequences[:, :-1].to(model.device), use_cache=False).logits
 
 

@@ -45,6 +45,16 @@ def difference(a: Vector, b: Vector) -> Vector:
     return {name: a[name] - b[name] for name in a}
 
 
+def add(a: Vector, b: Vector, scale: float = 1.0) -> Vector:
+    """The vector ``a + scale * b``."""
+    return {name: a[name] + scale * b[name] for name in a}
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """The cosine of the angle between two vectors. Raises ZeroDivisionError if one is zero."""
+    return dot(a, b).item() / (norm(a) * norm(b))
+
+
 def flatten(a: Vector) -> Tensor:
     """All entries of a vector in one row, shape [d], parameter after parameter."""
     return torch.cat([value.reshape(-1) for value in a.values()])

@@ -11,9 +11,10 @@ from unlearnlib.book.figures import (
     method_style,
     plot_frontier,
     plot_relearning,
-    source,
+    show_source,
     use_style,
 )
+from unlearnlib.book.prose import tell
 
 __all__ = [
     "BLACK",
@@ -26,6 +27,7 @@ __all__ = [
     "method_style",
     "plot_frontier",
     "plot_relearning",
-    "source",
+    "show_source",
+    "tell",
     "use_style",
 ]

@@ -128,6 +128,6 @@ def _named(method: str) -> dict:
     return {"label": method_label(method), **method_style(method)}
 
 
-def source(*functions: Callable) -> Markdown:
+def show_source(*functions: Callable) -> Markdown:
     """Show the source of library functions as it is in the module, so that a chapter never holds a copy."""
     return Markdown("```python\n" + "\n\n".join(map(inspect.getsource, functions)) + "```")

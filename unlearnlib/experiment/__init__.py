@@ -1,6 +1,7 @@
 """The experiments: profiles, cases of one seed, and the recorder that measures methods on them."""
 
-from unlearnlib.experiment.case import Case, model_name, prepare
+from unlearnlib.experiment.case import Case, make_cases, model_name
+from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus, real_model
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
 
@@ -10,11 +11,12 @@ __all__ = [
     "Profile",
     "Report",
     "architectures",
+    "chapter",
     "frontier_table",
     "get_profile",
+    "make_cases",
     "model_name",
     "on_second_corpus",
-    "prepare",
     "real_model",
     "results_table",
 ]

@@ -84,7 +84,7 @@ class Case:
         return load_trained(self.runs()["retrained_again"], device)
 
 
-def prepare(profile: Profile) -> list[Case]:
+def make_cases(profile: Profile) -> list[Case]:
     """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
 
     The second retrained model, which few chapters need, is trained when it is asked for.

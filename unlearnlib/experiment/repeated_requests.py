@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
-from unlearnlib.losses import batched, mean_loss, sequence_losses
-from unlearnlib.measures.evaluation import mean_kl, membership_auc
+from unlearnlib.losses import mean_loss
+from unlearnlib.measures.evaluation import Reading, mean_kl, membership, read
 from unlearnlib.methods import first_order
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Match, match_direction, match_steps
+from unlearnlib.methods.matching import Line, Match, Walk
 from unlearnlib.models.training import Run, load_trained
-from unlearnlib.weights import Vector, difference, dot, snapshot
+from unlearnlib.weights import Vector, difference, dot, parameters, snapshot
 
 Step = Callable[[PreTrainedModel, Tensor, float, int], Match]
 """Serves one request in place: of a model, the set to forget [n, tokens], its target in nats and the request's
@@ -27,7 +27,7 @@ number, counted from 1. No step is taken for a set whose loss is at its target a
 
 
 PROBED = 64
-"""How many sequences at the most the retain loss and the divergence are measured on."""
+"""How many sequences at the most the validation loss and the divergence are measured on."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Series:
 
     @property
     def probed(self) -> Tensor:
-        """The other half, ``PROBED`` of them at the most: the retain loss is measured on these."""
+        """The other half, ``PROBED`` of them at the most: the damage to what stays is measured on these."""
         return self.case.validation[len(self.choice) :][:PROBED]
 
     @property
@@ -115,27 +115,25 @@ class Series:
         return matches
 
     def measure(self, method: str, model: PreTrainedModel, request: int) -> dict[str, float]:
-        """Measure ``model`` after request number ``request`` (0: before the first), and keep the rows.
+        """Measure ``model`` after request number ``request`` (0: before the first); keep the rows, return the values.
 
-        ``retain_loss`` is that of ``probed``, which no step and no choice reads, ``kl_holdout`` the divergence
+        ``validation_loss`` is that of ``probed``, which no step and no choice reads, ``kl_holdout`` the divergence
         from the retrained model on ``PROBED`` holdout sequences, ``membership_auc`` that of all sets forgotten so
         far against holdout. Over the sets of *earlier* requests, ``earlier_excess`` is the mean of loss minus
         target and ``earlier_lowest`` the smallest. Once the case's own forget sequences are forgotten,
         and no more, ``kl_moment`` is the divergence from its retrained model, the one of that moment.
         """
-        forgotten = [batched(sequence_losses, model, forget) for forget in self.sets[:request]]
-        holdout = batched(sequence_losses, model, self.case.splits.holdout)
+        forgotten = [read(model, forget) for forget in self.sets[:request]]
+        holdout = read(model, self.case.splits.holdout)
         probed = self.case.splits.holdout[:PROBED]
         values = {
-            "holdout_loss": holdout.double().mean().item(),
-            "retain_loss": mean_loss(model, self.probed),
+            "holdout_loss": holdout.loss,
+            "validation_loss": read(model, self.probed).loss,
             "kl_holdout": mean_kl(self.retrained, model, probed),
         }
-        excesses = [
-            losses.double().mean().item() - target for losses, target in zip(forgotten, self.targets, strict=False)
-        ]
+        excesses = [reading.loss - target for reading, target in zip(forgotten, self.targets, strict=False)]
         if request >= 1:
-            values["membership_auc"] = membership_auc(-torch.cat(forgotten), -holdout)
+            values["membership_auc"] = membership(Reading.joined(forgotten), holdout)["membership_auc"]
             values["forget_excess"] = excesses[-1]
         if request >= 2:
             values["earlier_excess"] = sum(excesses[:-1]) / (request - 1)
@@ -151,7 +149,7 @@ class Series:
 
 def ascent_step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
     """One step along the gradient of the forget loss, as long as the target wants it."""
-    return match_direction(model, snapshot(model), first_order.ascent_direction(model, forget), forget, target)
+    return Line(model, first_order.ascent_direction(model, forget), forget).to(target)
 
 
 def difference_step(kept: Tensor, learning_rate: float, most: int, seed: int) -> Step:
@@ -160,7 +158,7 @@ def difference_step(kept: Tensor, learning_rate: float, most: int, seed: int) ->
     def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
         loss, optimizer = first_order.gradient_difference_loss, Adam(model.parameters(), lr=learning_rate)
         steps = first_order.descend(model, loss, forget, kept, optimizer, seed=1000 * seed + request)
-        return match_steps(model, steps, lambda: mean_loss(model, forget), target, max_steps=most)
+        return Walk(model, steps, forget, max_steps=most).to(target)
 
     return step
 
@@ -194,7 +192,7 @@ def fisher_step(
             drawn = forgetting_noise(curvature, start, damping, seed=1000 * seed + request)
             length = noise_length(curvature, drawn, noise)
             start = {name: value + length * drawn[name] for name, value in start.items()}
-        return match_direction(model, start, direction, forget, target)
+        return Line(model, direction, forget, start).to(target)
 
     return step
 
@@ -203,9 +201,8 @@ def noise_step(curvature: Curvature, damping: float, seed: int) -> Step:
     """Noise C^(-1/4) n alone, as long as the target wants it; drawn anew at each request."""
 
     def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
-        start = snapshot(model)
-        noise = forgetting_noise(curvature, start, damping, seed=1000 * seed + request)
-        return match_direction(model, start, noise, forget, target)
+        noise = forgetting_noise(curvature, parameters(model), damping, seed=1000 * seed + request)
+        return Line(model, noise, forget).to(target)
 
     return step
 
@@ -224,7 +221,7 @@ def joint_step(original: PreTrainedModel, curvature: Curvature, damping: float) 
         for name, gradient in first_order.ascent_direction(original, forget).items():
             total[name] += gradient
         direction = removal_direction(curvature, total, damping)
-        return match_direction(model, start, direction, torch.cat(forgotten), sum(targets) / len(targets))
+        return Line(model, direction, torch.cat(forgotten), start).to(sum(targets) / len(targets))
 
     return step
 

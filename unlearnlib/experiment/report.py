@@ -10,15 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from unlearnlib import cost
+from unlearnlib.cost import Cost, Meter
 from unlearnlib.experiment.case import Case
 from unlearnlib.losses import batched, mean_loss, sequence_losses
-from unlearnlib.measures import extraction, relearning
-from unlearnlib.measures.evaluation import compare, loss_correlation, membership_auc, min_k_scores
+from unlearnlib.measures.evaluation import loss_correlation, membership, membership_auc, read
+from unlearnlib.measures.extraction import extraction_likelihood
+from unlearnlib.measures.relearning import fall, relearning_curve
 from unlearnlib.measures.rounding import rounded
 from unlearnlib.methods import matching
-from unlearnlib.methods.matching import Match
-from unlearnlib.weights import Vector
+from unlearnlib.methods.matching import Match, Path
 
 SHARES = (0.5, 0.75, 1.0, 1.25)
 """Where on its way from the original's forget loss to the retrained model's a method stops for the frontier."""
@@ -29,10 +29,10 @@ class Report:
     """Measures models of one case against its retrained model, and keeps all that the chapter's tables need.
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
-    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``seconds`` the time
-    these took by :func:`unlearnlib.cost.clock`. Where ``rounding`` is set the models are also measured with their
-    weights rounded to 8 and 4 bits, where ``extraction`` is set by what greedy continuation brings out of the
-    forget sequences after every so many tokens.
+    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``costs`` what these
+    took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and 4 bits. Where
+    ``extraction`` is set they are measured by what greedy continuation brings out of the forget sequences after
+    every so many tokens.
     """
 
     case: Case
@@ -44,7 +44,7 @@ class Report:
     frontier: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     matches: dict[str, Match] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     @functools.cached_property
     def retrained_curve(self) -> list[float]:
@@ -57,6 +57,11 @@ class Report:
         return batched(sequence_losses, self.retrained, self.case.splits.forget)
 
     @functools.cached_property
+    def retrained_validation(self) -> float:
+        """The retrained model's loss on the validation sequences in nats."""
+        return mean_loss(self.retrained, self.case.validation)
+
+    @functools.cached_property
     def original_loss(self) -> float:
         """The original model's forget loss in nats, from which every method starts."""
         return mean_loss(self.case.original(), self.case.splits.forget)
@@ -66,33 +71,36 @@ class Report:
         """The retrained model's forget loss in nats, which matched forgetting has to reach."""
         return self.retrained_losses.double().mean().item()
 
-    def measure(self, method: str, model: PreTrainedModel, **extra: float) -> dict[str, float]:
+    def add(self, method: str, values: dict[str, float], **settings: Any) -> None:
+        """Note measured ``values``, by metric, as rows of ``method``; ``settings`` are further columns."""
+        self.rows += [row | settings for row in self.case.rows(method, values)]
+
+    def measure(
+        self, method: str, model: PreTrainedModel, brief: bool = False, **extra: float
+    ) -> dict[str, float]:
         """Measure ``model`` and note it as ``method``; ``extra`` adds metrics the caller has measured.
 
-        Returns metric by name: losses and KL in nats, areas under the ROC curve. The retain loss is taken over
-        as many retain sequences as there are holdout sequences, which is precise enough and much quicker.
+        Returns metric by name. Losses and KL are in nats. The retain loss is taken over as many retain sequences
+        as there are holdout sequences, which is precise enough and much quicker. ``brief`` leaves the rounded
+        weights out.
         """
         splits = self.case.splits
-        forget, forget_hits, forget_kl = compare(model, self.retrained, splits.forget)
-        holdout, _, holdout_kl = compare(model, self.retrained, splits.holdout)
-        retain = splits.retain[: len(splits.holdout)]
+        forget, holdout = (read(model, rows, self.retrained) for rows in (splits.forget, splits.holdout))
         values = {
-            "forget_loss": forget.double().mean().item(),
-            "retain_loss": mean_loss(model, retain),
-            "holdout_loss": holdout.double().mean().item(),
-            "kl_forget": forget_kl.double().mean().item(),
-            "kl_holdout": holdout_kl.double().mean().item(),
-            "membership_auc": membership_auc(-forget.mean(dim=1), -holdout.mean(dim=1)),
-            "membership_auc_min_k": membership_auc(min_k_scores(forget), min_k_scores(holdout)),
-            "loss_correlation": loss_correlation(forget.mean(dim=1), self.retrained_losses),
-            "memorisation_accuracy": forget_hits.double().mean().item(),
-            **(self._with_rounding(model) if self.rounding else {}),
+            "forget_loss": forget.loss,
+            "retain_loss": mean_loss(model, splits.retain[: len(splits.holdout)]),
+            "holdout_loss": holdout.loss,
+            "kl_forget": forget.divergence,
+            "kl_holdout": holdout.divergence,
+            **membership(forget, holdout),
+            "loss_correlation": loss_correlation(forget.losses.mean(dim=1), self.retrained_losses),
+            "memorisation_accuracy": forget.accuracy,
+            **(self._with_rounding(model) if self.rounding and not brief else {}),
             **extra,
         }
         if self.extraction:
-            found = extraction.extraction_likelihood(model, splits.forget, stride=self.extraction)
-            values["extraction_el10"] = found
-        self.rows += list(self.case.rows(method, values))
+            values["extraction_el10"] = extraction_likelihood(model, splits.forget, stride=self.extraction)
+        self.add(method, values)
         return values
 
     def _with_rounding(self, model: PreTrainedModel) -> dict[str, float]:
@@ -100,9 +108,7 @@ class Report:
         splits, values = self.case.splits, {}
         for bits in (8, 4):
             coarse = rounded(model, bits)
-            forget, holdout = (
-                batched(sequence_losses, coarse, sequences) for sequences in (splits.forget, splits.holdout)
-            )
+            forget, holdout = (batched(sequence_losses, coarse, rows) for rows in (splits.forget, splits.holdout))
             values[f"forget_loss_{bits}bit"] = forget.double().mean().item()
             values[f"holdout_loss_{bits}bit"] = holdout.double().mean().item()
             values[f"membership_auc_{bits}bit"] = membership_auc(-forget, -holdout)
@@ -115,61 +121,58 @@ class Report:
         """
         curve = self.retrained_curve if model is self.retrained else self._relearn(model)
         self.curves[method] = curve
-        fall = relearning.fall(curve) - relearning.fall(self.retrained_curve)
-        self.rows += list(self.case.rows(method, {"relearned_nats": fall}))
+        self.add(method, {"relearned_nats": fall(curve) - fall(self.retrained_curve)})
 
     def _relearn(self, model: PreTrainedModel) -> list[float]:
         profile = self.case.profile
-        return relearning.relearning_curve(
-            model, self.case.splits.forget, profile.relearning_steps, profile.relearning_rate
-        )
+        return relearning_curve(model, self.case.splits.forget, profile.relearning_steps, profile.relearning_rate)
 
     def reference(self, method: str, model: PreTrainedModel) -> None:
         """Measure and probe a model that nothing has to be matched for."""
         self.measure(method, model)
         self.probe(method, model)
 
-    def follow(self, method: str, model: PreTrainedModel, reach: Callable[[float], Match]) -> Match:
+    def sweep(self, settings: Iterable[Any], path: Callable[[Any], Path]) -> pd.DataFrame:
+        """:func:`unlearnlib.methods.matching.sweep` at this case's target, on its validation sequences.
+
+        Its column ``excess`` is the validation loss above the retrained model's.
+        """
+        table = matching.sweep(settings, path, self.case.validation, self.target)
+        return table.assign(excess=table["validation_loss"] - self.retrained_validation)
+
+    def match(self, method: str, path: Path, brief: bool = False) -> Match:
+        """Take a method to matched forgetting and measure its model there; unless ``brief``, probe it as well."""
+        with Meter(path.model.device) as meter:
+            match = path.to(self.target)
+        self._note(method, path, match, meter.cost, brief)
+        return match
+
+    def follow(self, method: str, path: Path) -> Match:
         """Take a method along the frontier; at matched forgetting measure and probe what it has made.
 
-        ``reach(loss)`` brings ``model`` to that forget loss in nats, and is called for each of ``shares`` in
-        turn, which ascend and hold 1; its ``strength`` is counted from where the method began. A method that
-        cannot get to a point is measured where it ended, with ``reached`` 0, and goes no further. Returns the
-        match at the target, or where it ended short of it.
+        The path is followed to each of ``shares`` in turn, which ascend and hold 1. A method that cannot get to a
+        point is measured where it ended, with ``reached`` 0, and goes no further. Returns the match at the
+        target, or where it ended short of it: of a method in steps its strength is their total number.
         """
-        clock = cost.clock(model.device)
-        started = clock()
+        spent = Cost(0.0, 0)
         for share in tqdm(self.shares, f"{method}, seed {self.case.seed}", leave=False, mininterval=1.0):
-            match = reach(self.original_loss + share * (self.target - self.original_loss))
+            with Meter(path.model.device) as meter:
+                match = path.to(self.original_loss + share * (self.target - self.original_loss))
+            spent += meter.cost
             if share == 1.0 or (not match.reached and share < 1.0):
-                self.seconds[method] = clock() - started
-                self.matches[method] = match
-                self.measure(method, model, strength=match.strength, reached=float(match.reached))
-                self.probe(method, model)
-            holdout = mean_loss(model, self.case.splits.holdout)
+                self._note(method, path, match, spent)
+            holdout = mean_loss(path.model, self.case.splits.holdout)
             point = {"seed": self.case.seed, "method": method, "share": share}
             self.frontier.append(point | {"forget": match.loss, "holdout": holdout})
             if not match.reached:
                 break
         return self.matches[method]
 
-    def follow_steps(
-        self, method: str, model: PreTrainedModel, steps: Iterable[object], max_steps: int = 1000
-    ) -> Match:
-        """:meth:`follow` for a method that updates ``model`` in place at each item drawn from ``steps``.
-
-        Strengths count the steps from the first one on, and so does ``max_steps`` (:class:`matching.Walk`).
-        """
-        forget = self.case.splits.forget
-        walk = matching.Walk(model, steps, lambda: mean_loss(model, forget), max_steps)
-        return self.follow(method, model, walk.to)
-
-    def follow_direction(self, method: str, model: PreTrainedModel, start: Vector, direction: Vector) -> Match:
-        """:meth:`follow` for a method that takes one step from ``start`` along ``direction``."""
-        forget = self.case.splits.forget
-        return self.follow(
-            method, model, lambda loss: matching.match_direction(model, start, direction, forget, loss)
-        )
+    def _note(self, method: str, path: Path, match: Match, spent: Cost, brief: bool = False) -> None:
+        self.matches[method], self.costs[method] = match, spent
+        self.measure(method, path.model, brief, strength=match.strength, reached=float(match.reached))
+        if not brief:
+            self.probe(method, path.model)
 
 
 def results_table(reports: Iterable[Report]) -> pd.DataFrame:

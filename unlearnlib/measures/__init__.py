@@ -2,12 +2,13 @@
 
 from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
 from unlearnlib.measures.evaluation import (
-    compare,
+    Reading,
     loss_correlation,
     mean_kl,
+    membership,
     membership_auc,
     min_k_scores,
-    token_accuracy,
+    read,
 )
 from unlearnlib.measures.exposure import (
     candidates,
@@ -21,9 +22,9 @@ from unlearnlib.measures.relearning import fall, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
 __all__ = [
+    "Reading",
     "batched",
     "candidates",
-    "compare",
     "continuations",
     "expected_exposure",
     "exposure_bits",
@@ -35,13 +36,14 @@ __all__ = [
     "loss_correlation",
     "mean_kl",
     "mean_loss",
+    "membership",
     "membership_auc",
     "min_k_scores",
+    "read",
     "relearning_curve",
     "rounded",
     "sequence_losses",
     "text_losses",
-    "token_accuracy",
     "token_losses",
     "verbatim_length",
 ]

@@ -1,50 +1,81 @@
 """What is measured on a model: accuracy, divergence from another model, membership."""
 
+from dataclasses import dataclass
+
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import batched, log_probabilities, logits
+from unlearnlib.losses import log_probabilities
 
 
-def token_accuracy(model: PreTrainedModel, sequences: Tensor) -> float:
-    """Share of tokens that are the model's most likely next token (memorisation accuracy, Jang et al. 2023)."""
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of some sequences, on the CPU.
 
-    def hits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-        return logits(model, batch).argmax(dim=2) == batch[:, 1:].to(model.device)
-
-    return batched(hits, model, sequences).double().mean().item()
-
-
-def compare(
-    model: PreTrainedModel, reference: PreTrainedModel, sequences: Tensor, batch_size: int = 32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that one pass of each model over ``sequences`` [n, tokens] tells, on the CPU.
-
-    Returns the model's loss on every token in nats, and whether the token is its most likely one, both of shape
-    [n, tokens - 1]; and of every sequence KL(reference ‖ model) in nats, averaged over its tokens but the last,
-    after which nothing is predicted, [n].
+    ``losses`` of every token in nats, and ``hits``, whether it is the model's most likely one, both
+    [n, tokens - 1]. Where there is a reference, ``kl`` [n] is KL(reference ‖ model) of every sequence in nats,
+    averaged over its tokens but the last, after which nothing is predicted.
     """
+
+    losses: Tensor
+    hits: Tensor
+    kl: Tensor | None = None
+
+    @classmethod
+    def joined(cls, readings: list["Reading"]) -> "Reading":
+        """What was read of several sets of sequences as that of one; without divergences."""
+        return cls(torch.cat([one.losses for one in readings]), torch.cat([one.hits for one in readings]))
+
+    @property
+    def loss(self) -> float:
+        """The mean loss in nats a token."""
+        return self.losses.double().mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        """The share of tokens that are the most likely ones (memorisation accuracy, Jang et al. 2023)."""
+        return self.hits.double().mean().item()
+
+    @property
+    def divergence(self) -> float:
+        """KL(reference ‖ model) in nats, averaged over tokens and sequences.
+
+        In the spirit of the readouts of Golatkar et al. (2020), with the retrained model as reference.
+        """
+        return self.kl.double().mean().item()
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, sequences: Tensor, reference: PreTrainedModel | None = None) -> Reading:
+    """All that one pass over ``sequences`` [n, tokens] tells of a model, and of its distance to a reference."""
     parts = []
-    with torch.no_grad():
-        for batch in sequences.split(batch_size):
-            targets = batch[:, 1:].to(model.device)
-            p, q = log_probabilities(reference, batch), log_probabilities(model, batch)
-            losses = -q.gather(2, targets[..., None])[..., 0]
-            kl = F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1)
-            parts.append((losses.cpu(), (q.argmax(dim=2) == targets).cpu(), kl.cpu()))
-    losses, hits, kl = map(torch.cat, zip(*parts, strict=True))
-    return losses, hits, kl
+    for batch in sequences.split(32):
+        targets, q = batch[:, 1:].to(model.device), log_probabilities(model, batch)
+        part = [-q.gather(2, targets[..., None])[..., 0], q.argmax(dim=2) == targets]
+        if reference is not None:
+            p = log_probabilities(reference, batch)
+            part.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1))
+        parts.append([value.cpu() for value in part])
+    return Reading(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def membership(members: Reading, others: Reading) -> dict[str, float]:
+    """How well the two attacks of the book tell ``members`` from ``others``: areas under the ROC curve.
+
+    ``membership_auc`` is that of the loss (Yeom et al. 2018), ``membership_auc_min_k`` that of Min-K%.
+    """
+    return {
+        "membership_auc": membership_auc(-members.losses.mean(dim=1), -others.losses.mean(dim=1)),
+        "membership_auc_min_k": membership_auc(min_k_scores(members.losses), min_k_scores(others.losses)),
+    }
 
 
 def mean_kl(reference: PreTrainedModel, model: PreTrainedModel, sequences: Tensor) -> float:
-    """KL(reference ‖ model) in nats between next-token distributions, averaged over tokens and sequences.
-
-    In the spirit of the readouts of Golatkar et al. (2020), with the retrained model as reference.
-    """
-    return compare(model, reference, sequences)[2].double().mean().item()
+    """KL(reference ‖ model) in nats between next-token distributions, averaged over tokens and sequences."""
+    return read(model, sequences, reference).divergence
 
 
 def min_k_scores(token_losses: Tensor, share: float = 0.2) -> Tensor:

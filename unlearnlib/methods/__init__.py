@@ -1,6 +1,7 @@
 """What is done to a model to make it forget, and how every method is brought to the same forget loss."""
 
 from unlearnlib.methods.first_order import (
+    adam_walk,
     ascent_direction,
     ascent_loss,
     descend,
@@ -10,42 +11,43 @@ from unlearnlib.methods.first_order import (
     retain_loss,
 )
 from unlearnlib.methods.fisher_updates import (
+    RemovalInSteps,
     forgetting_noise,
     held_direction,
     noise_kl,
     removal_direction,
-    remove_in_steps,
 )
 from unlearnlib.methods.matching import (
     TOLERANCE,
+    Line,
     Match,
+    Path,
     Walk,
-    best_damping,
-    match_direction,
-    match_steps,
+    best_setting,
     match_strength,
-    sweep_damping,
+    sweep,
 )
 
 __all__ = [
     "TOLERANCE",
+    "Line",
     "Match",
+    "Path",
+    "RemovalInSteps",
     "Walk",
+    "adam_walk",
     "ascent_direction",
     "ascent_loss",
-    "best_damping",
+    "best_setting",
     "descend",
     "forgetting_noise",
     "gradient_difference_loss",
     "held_direction",
     "kl_retain_loss",
-    "match_direction",
-    "match_steps",
     "match_strength",
     "noise_kl",
     "npo_loss",
     "removal_direction",
-    "remove_in_steps",
     "retain_loss",
-    "sweep_damping",
+    "sweep",
 ]

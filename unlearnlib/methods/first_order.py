@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from unlearnlib.losses import log_probabilities, sequence_losses, token_losses
+from unlearnlib.methods.matching import Walk
 from unlearnlib.weights import Vector, mean_gradient
 
 Loss = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
@@ -95,6 +96,25 @@ def descend(
         value.backward()
         optimizer.step()
         yield value.item()
+
+
+def adam_walk(
+    model: PreTrainedModel,
+    loss: Loss,
+    forget: Tensor,
+    retain: Tensor,
+    learning_rate: float,
+    seed: int,
+    max_steps: int = 1000,
+    batch_size: int = 32,
+) -> Walk:
+    """The path of :func:`descend` with Adam (Kingma & Ba 2015), by targets of the loss on ``forget``.
+
+    It starts from the weights that ``model`` has now, and is of ``max_steps`` steps at the most.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    steps = descend(model, loss, forget, retain, optimizer, seed, batch_size)
+    return Walk(model, steps, forget, max_steps)
 
 
 def _batches(sequences: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.losses import mean_loss, sequence_losses
 from unlearnlib.methods.first_order import ascent_direction
-from unlearnlib.methods.matching import Match, match_direction
-from unlearnlib.weights import Vector, dot, mean_gradient, random_vector, snapshot
+from unlearnlib.methods.matching import Line, Match
+from unlearnlib.weights import Vector, dot, mean_gradient, random_vector, set_weights, snapshot
 
 Build = Callable[[PreTrainedModel], Curvature]
 """Makes the curvature of what stays, at the weights that the model has now."""
@@ -58,40 +58,52 @@ def noise_kl(curvature: Curvature, residual: Vector, damping: float, scale: floa
     return dot(residual, curvature.power(residual, -2 * exponent, damping)).item() / (2 * scale**2)
 
 
-def remove_in_steps(
-    model: PreTrainedModel,
-    forget: Tensor,
-    target: float,
-    build: Build,
-    damping: float,
-    steps: int,
-    refresh: bool,
-    renew: bool = False,
-    hold: Tensor | None = None,
-) -> Match:
+class RemovalInSteps:
     """Fisher Removal in ``steps`` steps, each of which raises the forget loss by the same part of the way.
 
-    Δ is the gradient of the forget loss at the start, or with ``renew`` at every step; the curvature is the one at
-    the start, or with ``refresh`` that at every step. With neither all steps together are one. With ``hold``,
-    sequences [n, tokens], no step raises the loss of these to first order (:func:`held_direction`).
-
-    The model is changed in place. Returns the match of the last step (its ``strength`` is the α of that step
-    alone), or of the first that fell short of its own part. Raises ValueError for less than one step.
+    A :class:`unlearnlib.methods.matching.Path`. Δ is the gradient of the forget loss at the start, or with
+    ``renew`` at every step; the curvature is the one at the start, or with ``refresh`` that at every step. With
+    neither all steps together are one. With ``hold``, sequences [n, tokens], no step raises the loss of these to
+    first order (:func:`held_direction`). Raises ValueError for less than one step.
     """
-    if steps < 1:
-        raise ValueError(f"cannot remove in {steps} steps: take at least 1")
-    start = mean_loss(model, forget)
-    for step in range(1, steps + 1):
-        if step == 1 or refresh:
-            curvature = build(model)
-        if step == 1 or renew:
-            delta = ascent_direction(model, forget)
-        if hold is None:
-            direction = removal_direction(curvature, delta, damping)
-        else:
-            direction = held_direction(curvature, delta, mean_gradient(model, hold, sequence_losses), damping)
-        part = start + (target - start) * step / steps
-        match = match_direction(model, snapshot(model), direction, forget, part)
-        if not match.reached:
-            break
-    return match
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forget: Tensor,
+        build: Build,
+        damping: float,
+        steps: int,
+        refresh: bool,
+        renew: bool = False,
+        hold: Tensor | None = None,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"cannot remove in {steps} steps: take at least 1")
+        self.model, self.forget, self.start = model, forget, snapshot(model)
+        self.build, self.damping, self.steps = build, damping, steps
+        self.refresh, self.renew, self.hold = refresh, renew, hold
+
+    def to(self, target: float) -> Match:
+        """Take all steps from the start on, in place.
+
+        Returns the match of the last step (its ``strength`` is the α of that step alone), or of the first that
+        fell short of its own part.
+        """
+        set_weights(self.model, self.start)
+        first = mean_loss(self.model, self.forget)
+        for step in range(1, self.steps + 1):
+            if step == 1 or self.refresh:
+                curvature = self.build(self.model)
+            if step == 1 or self.renew:
+                delta = ascent_direction(self.model, self.forget)
+            if self.hold is None:
+                direction = removal_direction(curvature, delta, self.damping)
+            else:
+                gradient = mean_gradient(self.model, self.hold, sequence_losses)
+                direction = held_direction(curvature, delta, gradient, self.damping)
+            part = first + (target - first) * step / self.steps
+            match = Line(self.model, direction, self.forget).to(part)
+            if not match.reached:
+                break
+        return match

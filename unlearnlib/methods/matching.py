@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pandas as pd
 from torch import Tensor
@@ -83,61 +84,53 @@ def match_strength(
     return Match(best, tried[best], _distance(tried[best], target) <= tolerance, evaluations)
 
 
-def match_direction(
-    model: PreTrainedModel, start: Vector, direction: Vector, forget: Tensor, target: float
-) -> Match:
-    """Put ``model`` at ``start + α direction`` with the α at which its loss on ``forget`` is ``target`` nats.
+class Path(Protocol):
+    """The way that a method takes ``model`` as it grows stronger, along which the forget loss rises.
 
-    The first α tried moves the weights by one per cent of their length. Raises ValueError if the direction is
-    zero or not finite.
+    Bringing a model to a loss is all that the methods have in common. What takes one step is a :class:`Line`, what
+    takes many is a :class:`Walk`.
     """
-    length = norm(direction)
-    if not (length > 0 and math.isfinite(length)):
-        raise ValueError(f"the direction has length {length}: it leads nowhere")
 
-    def loss_at(strength: float) -> float:
-        set_weights(model, start, direction, strength)
-        return mean_loss(model, forget)
+    model: PreTrainedModel
+    start: Vector
 
-    match = match_strength(loss_at, target, start=0.01 * norm(start) / length)
-    set_weights(model, start, direction, match.strength)
-    return match
+    def to(self, target: float) -> Match:
+        """Bring ``model`` to the forget loss ``target`` in nats, or as close as the path leads, and tell where."""
 
 
-def sweep_damping(
-    model: PreTrainedModel,
-    start: Vector,
-    directions: Iterable[tuple[float, Vector]],
-    forget: Tensor,
-    validation: Tensor,
-    target: float,
-) -> pd.DataFrame:
-    """Match forgetting along the direction of each λ, and see what it costs on the validation sequences.
+class Line:
+    """The path ``start + α direction`` of a method that takes one step; its strength is α.
 
-    ``directions`` are pairs of λ and direction; ``forget`` is to have the loss ``target`` nats. Returns a row a λ:
-    ``damping``, ``validation_loss`` in nats, ``strength`` and ``reached``. The model is left at ``start``.
+    It starts from the weights that ``model`` has now, unless others are given. ``forget`` [n, tokens] are the
+    sequences whose loss is looked at. Raises ValueError if the direction is zero or not finite.
     """
-    rows = []
-    for damping, direction in tqdm(directions, "values of λ", leave=False, mininterval=1.0):
-        match = match_direction(model, start, direction, forget, target)
-        rows.append([damping, mean_loss(model, validation), match.strength, match.reached])
-        set_weights(model, start)
-    return pd.DataFrame(rows, columns=["damping", "validation_loss", "strength", "reached"])
 
+    def __init__(
+        self, model: PreTrainedModel, direction: Vector, forget: Tensor, start: Vector | None = None
+    ) -> None:
+        self.model, self.direction, self.forget = model, direction, forget
+        self.start = snapshot(model) if start is None else start
+        self.length = norm(direction)
+        if not (self.length > 0 and math.isfinite(self.length)):
+            raise ValueError(f"the direction has length {self.length}: it leads nowhere")
 
-def best_damping(sweep: pd.DataFrame) -> float:
-    """The λ of a :func:`sweep_damping` that reached the target at the smallest validation loss.
+    def to(self, target: float) -> Match:
+        """Put the model where its loss is ``target`` nats; the first α moves the weights by 1 % of their norm."""
+        match = match_strength(self._loss_at, target, start=0.01 * norm(self.start) / self.length)
+        self.go(match.strength)
+        return match
 
-    Raises ValueError if none did.
-    """
-    reached = sweep[sweep["reached"]]
-    if reached.empty:
-        raise ValueError(f"no damping of {sweep['damping'].tolist()} reaches the target: widen the grid")
-    return float(reached.loc[reached["validation_loss"].idxmin(), "damping"])
+    def go(self, strength: float) -> None:
+        """Put the model at the place of a given strength."""
+        set_weights(self.model, self.start, self.direction, strength)
+
+    def _loss_at(self, strength: float) -> float:
+        self.go(strength)
+        return mean_loss(self.model, self.forget)
 
 
 class Walk:
-    """The path of an iterative method on ``model``, along which the forget loss meets one target after another.
+    """The path of a method in steps, along which the loss on ``forget`` meets one target after another.
 
     Each item drawn from ``steps`` is one update of the model in place. The path is the broken line through the
     weights after 0, 1, 2, ... updates, and a strength is a place on it: the number of updates since the start,
@@ -147,15 +140,12 @@ class Walk:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        steps: Iterable[object],
-        forget_loss: Callable[[], float],
-        max_steps: int = 1000,
+        self, model: PreTrainedModel, steps: Iterable[object], forget: Tensor, max_steps: int = 1000
     ) -> None:
-        self.model, self.steps, self.forget_loss, self.max_steps = model, iter(steps), forget_loss, max_steps
+        self.model, self.steps, self.forget, self.max_steps = model, iter(steps), forget, max_steps
+        self.start = snapshot(model)
         self.drawn, self.strength, self.evaluations = 0, 0.0, 1
-        self.loss = forget_loss()
+        self.loss = self._forget_loss()
         self.ahead: tuple[Vector, float] | None = None  # the end of an update taken in part, and the loss there
 
     def to(self, target: float, tolerance: float = TOLERANCE) -> Match:
@@ -175,6 +165,9 @@ class Walk:
                 break
         return Match(self.strength, self.loss, _distance(self.loss, target) <= tolerance, self.evaluations)
 
+    def _forget_loss(self) -> float:
+        return mean_loss(self.model, self.forget)
+
     def _advance(self) -> bool:
         """Go to the end of the update under way, or of a new one; False if there is none."""
         if self.ahead is not None:
@@ -185,7 +178,7 @@ class Walk:
             if self.drawn == self.max_steps or next(self.steps, self) is self:
                 return False
             self.drawn += 1
-            self.loss = self.forget_loss()
+            self.loss = self._forget_loss()
             self.evaluations += 1
         self.strength = float(self.drawn)
         return True
@@ -197,7 +190,7 @@ class Walk:
 
         def part(share: float) -> float:
             set_weights(self.model, begin, update, share)
-            return self.forget_loss()
+            return self._forget_loss()
 
         last = match_strength(part, target, 1.0, tolerance)
         set_weights(self.model, begin, update, last.strength)
@@ -205,19 +198,31 @@ class Walk:
         self.evaluations += last.evaluations
 
 
-def match_steps(
-    model: PreTrainedModel,
-    steps: Iterable[object],
-    forget_loss: Callable[[], float],
-    target: float,
-    tolerance: float = TOLERANCE,
-    max_steps: int = 1000,
-) -> Match:
-    """Run an iterative method on ``model`` until its forget loss crosses ``target`` nats: a :class:`Walk` to it.
+def sweep(settings: Iterable[Any], path: Callable[[Any], Path], validation: Tensor, target: float) -> pd.DataFrame:
+    """Match forgetting with each of ``settings`` in turn, and see what it costs on the validation sequences.
 
-    The model is left at the returned strength, a number of steps.
+    ``path(setting)`` is the path of the method with that setting, such as a λ or a learning rate. A model that
+    it shares with others stands where it started when it is called. Returns a row a setting: ``setting``,
+    ``validation_loss`` in nats at the forget loss ``target``, ``strength`` and ``reached``.
     """
-    return Walk(model, steps, forget_loss, max_steps).to(target, tolerance)
+    rows = []
+    for setting in tqdm(settings, "settings", leave=False, mininterval=1.0):
+        way = path(setting)
+        match = way.to(target)
+        rows.append([setting, mean_loss(way.model, validation), match.strength, match.reached])
+        set_weights(way.model, way.start)
+    return pd.DataFrame(rows, columns=["setting", "validation_loss", "strength", "reached"])
+
+
+def best_setting(table: pd.DataFrame) -> Any:
+    """The setting of a :func:`sweep` that reached the target at the smallest validation loss.
+
+    Raises ValueError if none did.
+    """
+    reached = table[table["reached"]]
+    if reached.empty:
+        raise ValueError(f"none of the settings {table['setting'].tolist()} reaches the target: widen the grid")
+    return reached["setting"].tolist()[int(reached["validation_loss"].argmin())]
 
 
 def _distance(loss: float, target: float) -> float:

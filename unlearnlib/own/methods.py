@@ -1,6 +1,5 @@
 """What an erasure request does to the weights: each method in a few lines, over any model."""
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from unlearnlib.curvature.fisher import FisherDiagonal
 from unlearnlib.curvature.fisher_streaming import StreamingFisher
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.losses import mean_loss
+from unlearnlib.methods import matching
 from unlearnlib.methods.first_order import ascent_direction, descend, gradient_difference_loss
 from unlearnlib.methods.fisher_updates import forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Match, best_damping, match_direction, match_steps, sweep_damping
+from unlearnlib.methods.matching import Line, Match, Walk
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, norm, set_weights, snapshot
@@ -56,19 +56,24 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
         goal = mean_loss(model, forget) + TRIAL if target is None else target
         damping = request.damping
         if damping is None:
-            directions = ((tried, removal_direction(curvature, delta, tried)) for tried in DAMPINGS)
-            found = sweep_damping(model, start, directions, forget, material.validation, goal)
+            table = matching.sweep(
+                DAMPINGS,
+                lambda tried: Line(model, removal_direction(curvature, delta, tried), forget, start),
+                material.validation,
+                goal,
+            )
             # Where no λ gets there, the largest makes the direction that is closest to plain ascent.
-            damping = best_damping(found) if found["reached"].any() else max(DAMPINGS)
-            sweep = {row.damping: row.validation_loss if row.reached else None for row in found.itertuples()}
+            damping = matching.best_setting(table) if table["reached"].any() else max(DAMPINGS)
+            sweep = {row.setting: row.validation_loss if row.reached else None for row in table.itertuples()}
         direction = removal_direction(curvature, delta, damping)
         if request.method == "fisher_forgetting":
             noise = forgetting_noise(curvature, delta, damping, request.seed)
             set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
             start = snapshot(model)
+    line = Line(model, direction, forget, start)
     if target is not None:
-        return Outcome(match_direction(model, start, direction, forget, target), damping, sweep)
-    set_weights(model, start, direction, request.strength)
+        return Outcome(line.to(target), damping, sweep)
+    line.go(request.strength)
     loss = mean_loss(model, forget)
     return Outcome(Match(request.strength, loss, math.isfinite(loss), 1), damping, sweep)
 
@@ -87,8 +92,7 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
     optimizer = torch.optim.Adam(model.parameters(), lr=request.learning_rate)
     steps = descend(model, gradient_difference_loss, material.forget, material.estimation, optimizer, request.seed)
     if target is not None:
-        forget_loss = functools.partial(mean_loss, model, material.forget)
-        return Outcome(match_steps(model, steps, forget_loss, target, max_steps=MOST_STEPS))
+        return Outcome(Walk(model, steps, material.forget, max_steps=MOST_STEPS).to(target))
     for _ in itertools.islice(steps, int(request.strength)):
         pass
     loss = mean_loss(model, material.forget)

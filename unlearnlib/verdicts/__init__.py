@@ -3,6 +3,7 @@
 from unlearnlib.verdicts.results import (
     REFERENCE,
     REFERENCE_PROFILE,
+    above_retrained,
     bootstrap_interval,
     compare_with_reference,
     format_table,
@@ -33,6 +34,7 @@ __all__ = [
     "REFERENCE_PROFILE",
     "REPRODUCED",
     "Rule",
+    "above_retrained",
     "bootstrap_interval",
     "combine",
     "compare_with_reference",

@@ -91,6 +91,17 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     return frame
 
 
+def above_retrained(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric minus that of the retrained model, paired: a row a seed, a column a method.
+
+    The rows are of corpus and seed where ``table`` has several corpora. Methods are in order of first appearance.
+    """
+    index = ["corpus", "seed"] if table["corpus"].nunique() > 1 else "seed"
+    rows = table[table["metric"] == metric]
+    values = rows.pivot_table(index=index, columns="method", values="value", sort=False)
+    return values.sub(values["retrained"], axis=0)
+
+
 def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """Does a rerun of an exhibit agree with its reference? A row for each mean over the seeds of the reference.
 

@@ -1,0 +1,52 @@
+"""What each chapter does at each profile: how many seeds and sequences, which grids, what is for large ones only.
+
+An entry that is a field of :class:`unlearnlib.experiment.profiles.Profile` changes the profile for that chapter;
+``seeds`` counts them. The others are the chapter's own, by the names that its cells use.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+from unlearnlib.experiment.profiles import Profile, get_profile
+
+CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
+    "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
+    "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
+    "newton": {
+        "quick": {"seeds": 1, "sequences": 64, "steps": 20},
+        "cpu": {"sequences": 256, "steps": 40},
+        "gpu": {"sequences": 512, "steps": 40},
+    },
+    "fisher_updates": {
+        "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
+        "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
+        "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+    },
+    "repeated_requests": {
+        "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
+        "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
+        "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
+    },
+}
+
+
+def chapter(
+    name: str, profile: str, corpus: str | None = None, seeds: int | None = None
+) -> tuple[Profile, SimpleNamespace]:
+    """The profile as the chapter called ``name`` uses it, and the chapter's own settings.
+
+    ``corpus`` and ``seeds`` take the place of the profile's and the chapter's where they are given.
+    Raises ValueError as :func:`unlearnlib.experiment.profiles.get_profile`, and for an unknown chapter.
+    """
+    if name not in CHAPTERS:
+        raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
+    settings = get_profile(profile, corpus, seeds)
+    entries = dict(CHAPTERS[name][profile])
+    own_seeds = entries.pop("seeds", None)
+    if own_seeds is not None and seeds is None:
+        settings = dataclasses.replace(settings, seeds=tuple(range(own_seeds)))
+    fields = {field.name for field in dataclasses.fields(Profile)}
+    changes = {key: value for key, value in entries.items() if key in fields}
+    own = {key: value for key, value in entries.items() if key not in fields}
+    return dataclasses.replace(settings, **changes), SimpleNamespace(**own)
