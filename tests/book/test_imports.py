@@ -11,7 +11,7 @@ from test_notebooks import make_root
 from unlearnlib.book.imports import imported_files
 from unlearnlib.book.notebooks import listed_notebooks, plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = {
     "unlearnlib/__init__.py": "",
     "unlearnlib/ground.py": "",
