@@ -16,7 +16,7 @@ from unlearnlib.texts.sequences import Splits, deal
 
 
 @dataclass(frozen=True)
-class Request(Case):
+class RequestCase(Case):
     """A case whose forget set is one of several groups in the training set of one and the same original model.
 
     ``kind`` is ``random`` or ``clustered``. ``trained_on`` is all that the original saw, in an order that does not
@@ -46,7 +46,7 @@ def make_requests(
     sizes: Sequence[int],
     on_topic: Sequence[bool] | None,
     seed: int,
-) -> list[Request]:
+) -> list[RequestCase]:
     """Deal the documents, shuffled with ``seed``, to a random group of every size, and a clustered one.
 
     Clustered groups take only documents for which ``on_topic`` holds, as many flags as documents, and so do the
@@ -96,5 +96,5 @@ def make_requests(
                 "holdout": holdout[1],
             },
         )
-        requests.append(Request(profile, seed, tokenizer, splits, kind, trained_on, related))
+        requests.append(RequestCase(profile, seed, tokenizer, splits, kind, trained_on, related))
     return requests
