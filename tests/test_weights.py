@@ -81,3 +81,11 @@ def test_rows_and_vectors_are_two_forms_of_one_thing():
     assert torch.equal(weights.flatten(drawn[0]), weights.flatten(drawn[1]))
     assert not torch.equal(weights.flatten(drawn[0]), weights.flatten(drawn[2]))
     assert weights.flatten(drawn[0]).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_unit_vector_has_length_one_and_keeps_the_direction():
+    like = weights.parameters(tiny_model())
+    vector = weights.random_vector(like, torch.Generator().manual_seed(0))
+    unit = weights.unit(vector)
+    assert weights.norm(unit) == pytest.approx(1, rel=1e-12)
+    assert weights.cosine(unit, vector) == pytest.approx(1, rel=1e-12)

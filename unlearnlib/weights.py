@@ -57,6 +57,12 @@ def cosine(a: Vector, b: Vector) -> float:
     return dot(a, b).item() / (norm(a) * norm(b))
 
 
+def unit(a: Vector) -> Vector:
+    """The vector of length 1 in the direction of ``a``, which must not be zero."""
+    length = norm(a)
+    return {name: value / length for name, value in a.items()}
+
+
 def flatten(a: Vector) -> Tensor:
     """All entries of a vector in one row, shape [d], parameter after parameter."""
     return torch.cat([value.reshape(-1) for value in a.values()])

@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from unlearnlib.book.build import repository
+from unlearnlib.book.pages import repository
 
 ROOT = Path(__file__).parents[2]
 MATHJAX = ROOT / "book" / "_static" / "mathjax"

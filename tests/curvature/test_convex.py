@@ -233,3 +233,17 @@ def test_fit_says_when_it_does_not_converge():
 def test_unproved_privacy_parameters_are_refused(epsilon, delta):
     with pytest.raises(ValueError, match="need 0 < epsilon"):
         convex.noise_per_residual(epsilon, delta)
+
+
+def test_gradients_of_rows_are_those_of_problems_of_one_row():
+    problem, theta = random_problem(tilt=2.0), np.random.default_rng(1).normal(size=5)
+    gradients = convex.row_gradients(problem, theta)
+    for row in (0, 17, 59):
+        _, alone = problem.split([row])
+        np.testing.assert_allclose(gradients[row], autograd(alone, theta)[0], rtol=1e-12)
+    np.testing.assert_allclose(gradients.sum(axis=0) + problem.tilt, convex.gradient(problem, theta), rtol=1e-12)
+
+
+def test_accuracy_counts_the_rows_on_the_right_side():
+    problem = Problem(np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]]), np.array([1.0, 1, 1, -1]), 0.1)
+    assert convex.accuracy(problem, np.array([1.0, 0.5])) == 0.5  # the first two are right

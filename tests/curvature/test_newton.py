@@ -199,3 +199,13 @@ def test_on_the_meta_device_nothing_strays():
     for curvature in (newton.Hessian(model, random_sequences(3)), newton.GaussNewton(model, random_sequences(3))):
         product = curvature.batch_product(random_sequences(3), v)
         assert all(part.device.type == "meta" for part in product)
+
+
+def test_costs_are_in_units_of_a_gradient(model):
+    def gradients(number):
+        for _ in range(number):
+            weights.mean_gradient(model, SEQUENCES, sequence_losses)
+
+    time, memory = newton.cost_in_gradients(lambda: gradients(3), model, SEQUENCES)
+    assert 1.5 < time < 6  # three of them, on a machine that does other things too
+    assert memory == pytest.approx(1, rel=0.3)  # one after the other

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from unlearnlib.curvature.capture import GRADIENT_BYTES
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -147,6 +149,11 @@ def routes(
         layer = (widths * h + scores * shape.heads * t) * number
         return batch * t * (shape.layers * layer + outputs * shape.vocabulary * 4)
 
+    # Gradients of single sequences come layer by layer, and those of the largest matrix decide how many at a time.
+    few = max(1, min(batch, GRADIENT_BYTES // (2 * max(shape.head, 4 * h * h) * number)))
+    table_parts = 4 * m * shape.head * number  # a tied table's two parts are made apart and added up
+    layer_bytes = max(kept(12, 3, batch=few) + few * shape.head * number, 2 * few * shape.head * number)
+
     sides = [(out, ins + 1, count) for out, ins, count in shape.matrices()]  # the bias is one more input
     table = shape.table or h
     squares = sum((a**2 + b**2) * k for a, b, k in sides) + table**2 + h**2  # numbers in all Kronecker factors
@@ -177,7 +184,9 @@ def routes(
         "hessian_product": Route([passes(9)], kept(27, 6, 3) + 4 * v),
         "gauss_newton_product": Route([passes(6)], kept(12, 9, 1) + 2 * v),
         "newton_cg": Route([passes(6), float32(10 * d, 10 * v)], kept(12, 9, 1) + 6 * v),
-        "sequence_gradients": Route([passes(3, batch=1), float32(0, 3 * gradients)], gradients + 2 * v),
+        "sequence_gradients": Route(
+            [passes(3, batch=few), float32(0, 4 * gradients + table_parts)], gradients + layer_bytes
+        ),
         "fisher_recursion": Route(
             [Stage("model", 4 * m * d * block, 3 * gradients * block)],
             gradients + v * block,
@@ -199,7 +208,9 @@ def routes(
             [trunk, float32(head, 0), own_gram, decomposition, passes(3)],
             max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3)) + 2 * v,
         ),
-        "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
+        "fisher_diagonal": Route(
+            [passes(3, batch=few), float32(2 * m * d, 5 * gradients + table_parts)], v + layer_bytes
+        ),
         "kfac": Route(factors, factors_bytes),
         "ekfac": Route(
             [*factors, passes(2), float32(covariances + own_gradients, 2 * m * d * 4)],

@@ -30,7 +30,7 @@ from unlearnlib.curvature.krylov import (
     lanczos,
     smallest_eigenvalue,
 )
-from unlearnlib.curvature.newton import GaussNewton, Hessian, Outputs
+from unlearnlib.curvature.newton import GaussNewton, Hessian, Outputs, cost_in_gradients
 from unlearnlib.curvature.protocol import Curvature
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Outputs",
     "StreamingFisher",
     "conjugate_gradients",
+    "cost_in_gradients",
     "diagonal",
     "effective_rank",
     "ekfac",

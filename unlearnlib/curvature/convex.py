@@ -87,6 +87,17 @@ def gradient(problem: Problem, theta: np.ndarray) -> np.ndarray:
     return problem.features.T @ slopes + len(problem) * problem.damping * theta + problem.tilt
 
 
+def row_gradients(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Each row's share of ∇J(θ), shape [n, d]; the tilt, which belongs to no row, is left out."""
+    slopes = -problem.labels * expit(-problem.labels * (problem.features @ theta))
+    return problem.features * slopes[:, None] + problem.damping * theta
+
+
+def accuracy(problem: Problem, theta: np.ndarray) -> float:
+    """The share of rows whose label is the sign of xᵀθ."""
+    return float((np.sign(problem.features @ theta) == problem.labels).mean())
+
+
 def hessian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """∇²J(θ), shape [d, d]; its smallest eigenvalue is at least nλ."""
     s = expit(problem.features @ theta)

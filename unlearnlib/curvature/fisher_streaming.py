@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unlearnlib.curvature.capture import Layer, capture, find_layers, sequence_gradients
+from unlearnlib.curvature.capture import Layer, capture, find_layers, layer_gradients
 from unlearnlib.curvature.fisher import power_gain
 from unlearnlib.curvature.protocol import check_damping
 from unlearnlib.losses import batches, check_length, sequence_losses
@@ -154,7 +154,7 @@ class _Build:
             return
         inputs = inputs.to(self.buffer.dtype)
         small = layer if layer.kind == "norm" else replace(layer, weight=None)
-        for name, part in sequence_gradients(small, inputs, gradient).items():
+        for name, part in layer_gradients(small, inputs, gradient).items():
             self._add(part, name)
         if layer.kind == "linear" and layer.weight is not None:
             (m, _, width), outputs = inputs.shape, gradient.shape[2]

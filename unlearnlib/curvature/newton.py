@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from unlearnlib.cost import measure
 from unlearnlib.curvature.krylov import (
     REMEDY,
     Lanczos,
@@ -28,7 +29,7 @@ from unlearnlib.curvature.krylov import (
 )
 from unlearnlib.curvature.protocol import check_damping
 from unlearnlib.losses import batches, logits, sequence_losses
-from unlearnlib.weights import Vector, flatten, parameters, unflatten
+from unlearnlib.weights import Vector, flatten, mean_gradient, parameters, unflatten
 
 Measure = Callable[[PreTrainedModel, Tensor], Tensor]
 
@@ -200,3 +201,15 @@ class Outputs(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         """What is wanted of the model on a batch."""
         return self.outputs(self.model, batch)
+
+
+def cost_in_gradients(
+    function: Callable[[], object], model: PreTrainedModel, sequences: Tensor
+) -> tuple[float, float]:
+    """Time and peak memory of ``function()`` in units of those of one gradient of the loss over ``sequences``.
+
+    Both are measured here and now, by :func:`unlearnlib.cost.measure`.
+    """
+    gradient = measure(lambda: mean_gradient(model, sequences, sequence_losses), model.device)
+    cost = measure(function, model.device)
+    return cost.seconds / gradient.seconds, cost.peak_bytes / gradient.peak_bytes

@@ -14,9 +14,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
     "newton": {
-        "quick": {"seeds": 1, "sequences": 64, "steps": 20},
-        "cpu": {"sequences": 256, "steps": 40},
-        "gpu": {"sequences": 512, "steps": 40},
+        "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
+        "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
+        "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
     },
     "fisher_updates": {
         "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
