@@ -86,7 +86,12 @@ def test_a_table_for_reading_puts_every_number_in_its_place():
 
 @pytest.mark.parametrize(
     ("value", "digits", "sign", "text"),
-    [(-0.004, 2, False, "0.00"), (-0.004, 3, True, "-0.004"), (-0.0004, 2, True, "+0.00"), (1.25, 1, False, "1.2")],
+    [
+        (-0.004, 2, False, "0.00"),
+        (-0.004, 3, True, "-0.004"),
+        (-0.0004, 2, True, "+0.00"),
+        (1.26, 1, True, "+1.3"),
+    ],
 )
 def test_no_number_is_minus_zero(value, digits, sign, text):
     assert results.number_text(value, digits, sign) == text

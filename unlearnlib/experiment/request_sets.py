@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearnlib.experiment.case import Case
-from unlearnlib.experiment.profiles import Profile
-from unlearnlib.models.training import Run
+from unlearnlib.experiment.case import Case, make_tokenizer
+from unlearnlib.experiment.profiles import Profile, architectures
+from unlearnlib.models.training import Run, train_missing
+from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import Splits, deal
 
 
@@ -97,4 +98,22 @@ def make_requests(
             },
         )
         requests.append(RequestCase(profile, seed, tokenizer, splits, kind, trained_on, related))
+    return requests
+
+
+def requests_of_sizes(settings: Profile, sizes: Sequence[int], topic: str, seeds: int = 2) -> list[RequestCase]:
+    """Requests to the smallest OPT of ``architectures``, on the corpus of ``settings``, for its first ``seeds``.
+
+    Clustered requests are of documents on ``topic``; a corpus without topics has none. All models that the
+    requests need are trained, as far as they are not cached yet. Raises ValueError as :func:`make_requests`.
+    """
+    corpus, small = load_corpus(settings.corpus), architectures(settings)["OPT"][0]
+    tokenizer = make_tokenizer(small, corpus)
+    on_topic = [name == topic for name in corpus["topic"]] if "topic" in corpus.column_names else None
+    requests = [
+        request
+        for seed in settings.seeds[:seeds]
+        for request in make_requests(small, tokenizer, corpus, sizes, on_topic, seed)
+    ]
+    train_missing([request.runs()[name] for request in requests for name in ("original", "retrained")])
     return requests
