@@ -1,7 +1,8 @@
 """What each chapter does at each profile: how many seeds and sequences, which grids, what is for large ones only.
 
 An entry that is a field of :class:`unlearnlib.experiment.profiles.Profile` changes the profile for that chapter;
-``seeds`` counts them. The others are the chapter's own, by the names that its cells use.
+``seeds`` counts them, and ``seeds_of`` lists those of a corpus. The others are the chapter's own, by the names
+that its cells use.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.profiles import Profile, get_profile
+from unlearnlib.models.loading import small_llama
+from unlearnlib.models.training import Training
 
 # The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
 DAMPINGS = {
@@ -20,6 +23,21 @@ DAMPINGS = {
 ADAM = {
     "gradient_difference": (1e-4, 4e-4),
     "npo": ((1e-4, 0.01), (4e-4, 0.01), (1e-4, 0.1), (4e-4, 0.1)),
+}
+
+# The model of chapter 10 and its sets are small, because private training is slow.
+PRIVATE = {
+    "model": small_llama(1024, hidden_size=32, layers=2, context=64),
+    "vocabulary": 1024,
+    "training": Training(epochs=10, learning_rate=6e-3),
+    "length": 32,
+    "forget": 64,
+    "retain": 448,
+    "holdout": 256,
+    "dampings": (1e-6, 1e-5, 1e-4, 1e-3),
+    "epsilons": (1, 8, 100, 2000),
+    "rates": (3e-3, 1e-2, 3e-2),
+    "shorter": (1, 2, 3, 5),  # epochs
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -74,6 +92,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "requests": (1, 8, 32, 128),
         },
     },
+    "dp_sgd": {
+        "quick": PRIVATE
+        | {"corpora": "reuters", "epsilons": (1, 100, 2000), "rates": (1e-2,), "shorter": (1, 3, 5)},
+        # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
+        "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths", "seeds_of": {"maths": (0, 1, 2, 3, 5)}},
+        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+    },
     "repeated_requests": {
         "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
         "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
@@ -94,9 +119,10 @@ def chapter(
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
     settings = get_profile(profile, corpus, seeds)
     entries = dict(CHAPTERS[name][profile])
-    own_seeds = entries.pop("seeds", None)
-    if own_seeds is not None and seeds is None:
-        settings = dataclasses.replace(settings, seeds=tuple(range(own_seeds)))
+    number, of_corpus = entries.pop("seeds", len(settings.seeds)), entries.pop("seeds_of", {})
+    if seeds is None:
+        own_seeds = of_corpus.get(settings.corpus, tuple(range(number)))
+        settings = dataclasses.replace(settings, seeds=own_seeds)
     fields = {field.name for field in dataclasses.fields(Profile)}
     changes = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}
