@@ -2,6 +2,7 @@
 
 from unlearnlib.experiment.case import Case, make_cases, model_name
 from unlearnlib.experiment.chapters import chapter
+from unlearnlib.experiment.curvatures import builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus, real_model
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
@@ -12,6 +13,7 @@ __all__ = [
     "Profile",
     "Report",
     "architectures",
+    "builders",
     "chapter",
     "earnings_news",
     "frontier_table",

@@ -113,18 +113,15 @@ class Series:
         for request in range(self.every, self.number + 1, self.every):
             self.measure("retrained", self.retrained, request)
 
-    def follow(
-        self, method: str, model: PreTrainedModel, step: Step, requests: int | None = None, trail: bool = False
-    ) -> list[Match]:
-        """Serve all requests, or the first so many, with ``step`` on ``model``, in place, and keep what is found.
+    def follow(self, method: str, model: PreTrainedModel, step: Step, trail: bool = False) -> list[Match]:
+        """Serve all requests with ``step`` on ``model``, in place, and keep what is found.
 
         Noted of every request: ``before_excess``, the loss of its set minus the target before it was served, and
         ``strength`` and ``reached`` of the match. After every ``every`` requests the model is measured. With
         ``trail`` the weights are kept in ``trails``.
         """
-        matches, places = [], [snapshot(model)] if trail else []
-        served = zip(self.sets[:requests], self.targets, strict=False)
-        for request, (forget, target) in enumerate(served, start=1):
+        matches, places = [], [snapshot(model)]
+        for request, (forget, target) in enumerate(zip(self.sets, self.targets, strict=True), start=1):
             before = mean_loss(model, forget) - target
             match = step(model, forget, request).to(target)
             noted = {"before_excess": before, "strength": match.strength, "reached": float(match.reached)}
