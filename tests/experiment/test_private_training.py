@@ -136,6 +136,7 @@ def test_the_chapter_takes_other_seeds_where_one_cannot_be_used():
     assert set(sizes.corpora.split(",")) <= corpora.CORPORA.keys()
     assert chapters.chapter("dp_sgd", "cpu", "tales")[0].seeds == (0, 1, 2, 3, 4)
     assert chapters.chapter("dp_sgd", "cpu", "maths", seeds=2)[0].seeds == (0, 1)
+    assert chapters.chapter("dp_sgd", "quick", "maths", seeds=6)[0].seeds == (0, 1, 2, 3, 5, 6)
     for profile in profiles.PROFILES:
         settings, _ = chapters.chapter("dp_sgd", profile)
         assert settings.length <= settings.model["max_position_embeddings"]

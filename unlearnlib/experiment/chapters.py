@@ -1,11 +1,12 @@
 """What each chapter does at each profile: how many seeds and sequences, which grids, what is for large ones only.
 
 An entry that is a field of :class:`unlearnlib.experiment.profiles.Profile` changes the profile for that chapter;
-``seeds`` counts them, and ``seeds_of`` lists those of a corpus. The others are the chapter's own, by the names
-that its cells use.
+``seeds`` counts them, and ``left_out_seeds``, by corpus, are not among them. The others are the chapter's own, by
+the names that its cells use.
 """
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,8 @@ PRIVATE = {
     "epsilons": (1, 8, 100, 2000),
     "rates": (3e-3, 1e-2, 3e-2),
     "shorter": (1, 2, 3, 5),  # epochs
+    # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
+    "left_out_seeds": {"maths": (4,)},
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -95,8 +98,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "dp_sgd": {
         "quick": PRIVATE
         | {"corpora": "reuters", "epsilons": (1, 100, 2000), "rates": (1e-2,), "shorter": (1, 3, 5)},
-        # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
-        "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths", "seeds_of": {"maths": (0, 1, 2, 3, 5)}},
+        "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
     },
     "repeated_requests": {
@@ -119,10 +121,9 @@ def chapter(
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
     settings = get_profile(profile, corpus, seeds)
     entries = dict(CHAPTERS[name][profile])
-    number, of_corpus = entries.pop("seeds", len(settings.seeds)), entries.pop("seeds_of", {})
-    if seeds is None:
-        own_seeds = of_corpus.get(settings.corpus, tuple(range(number)))
-        settings = dataclasses.replace(settings, seeds=own_seeds)
+    number = seeds or entries.get("seeds", len(settings.seeds))
+    left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
+    entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
     changes = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}
