@@ -11,7 +11,7 @@ RUN := .venv/bin/python -m
 
 help:
 	@echo 'make book   run every notebook and render the book; only what changed is done again'
-	@echo 'make test   check the code and run all tests, the whole book at profile quick among them'
+	@echo 'make test   check the code and its layers, and run all tests, the whole book at profile quick among them'
 	@echo 'make clean  remove what these commands made here; downloads and trained models stay in the user cache'
 	@echo
 	@echo 'make book PROFILE=quick   small models, minutes on a laptop (the default)'
@@ -30,6 +30,7 @@ test: export TOKENIZERS_PARALLELISM = false
 test: $(ENVIRONMENT)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@.venv/bin/lint-imports --no-cache --no-logo
 	@$(RUN) pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env tests notebooks/01_unlearning_problem.ipynb
 
 clean:

@@ -2,14 +2,15 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 
-from unlearnlib import weights
+from unlearnlib import losses, weights
 from unlearnlib.losses import mean_loss, sequence_losses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mean_gradient_against_finite_differences(architecture):
+def test_mean_gradient_against_finite_differences(architecture, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 3)
     model, sequences = tiny_model(architecture), random_sequences(7)
-    gradient = weights.mean_gradient(model, sequences, sequence_losses, batch_size=3)
+    gradient = weights.mean_gradient(model, sequences, sequence_losses)
     start = weights.snapshot(model)
     generator = torch.Generator().manual_seed(0)
     direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in start.items()}
@@ -46,16 +47,28 @@ def test_set_weights_moves_and_restores():
     assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0
 
 
-def test_a_sequence_with_a_bad_loss_is_named():
+def test_factors_weigh_the_sequences(monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 2)
+    model, sequences, factors = tiny_model(), random_sequences(5), torch.linspace(-1, 2, 5)
+    live = list(weights.parameters(model).values())
+    expected = torch.autograd.grad((factors * sequence_losses(model, sequences)).mean(), live)
+    ours = weights.mean_gradient(model, sequences, sequence_losses, factors)
+    for gradient, other in zip(ours.values(), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_a_sequence_with_a_bad_loss_is_named(monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 4)
+
     def loss(model, batch):
-        losses = sequence_losses(model, batch)
-        return torch.where(batch[:, 0] == bad[0], losses * torch.nan, losses)
+        values = sequence_losses(model, batch)
+        return torch.where(batch[:, 0] == bad[0], values * torch.nan, values)
 
     sequences = random_sequences(9)
     sequences[:, 0] = torch.arange(9)
     bad = sequences[7]
     with pytest.raises(FloatingPointError, match="the loss of sequence 7 is not finite"):
-        weights.mean_gradient(tiny_model(), sequences, loss, batch_size=4)
+        weights.mean_gradient(tiny_model(), sequences, loss)
 
 
 def test_rows_and_vectors_are_two_forms_of_one_thing():

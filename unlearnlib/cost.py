@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import counted_passes, sequence_losses
+from unlearnlib.losses import batches, counted_passes, sequence_losses
 from unlearnlib.weights import parameters
 
 
@@ -147,10 +147,10 @@ def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return max([start, *totals]) - start
 
 
-def plain_pass(model: PreTrainedModel, sequences: Tensor, batch_size: int = 32) -> None:
+def plain_pass(model: PreTrainedModel, sequences: Tensor) -> None:
     """One forward and backward pass over ``sequences`` [m, tokens]: the unit in which all else is counted."""
     live = list(parameters(model).values())
-    for batch in sequences.split(batch_size):
+    for batch in batches(model, sequences):
         torch.autograd.grad(sequence_losses(model, batch).sum(), live)
 
 

@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+MOST_SEQUENCES = 32
+"""The most sequences that go through a model at a time."""
+MOST_LOGITS = 2**26
+"""The most logits at a time: several tensors of their size are in memory at once."""
+
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise ValueError if sequences of ``tokens`` tokens do not fit the model's context."""
@@ -80,15 +85,21 @@ def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     return token_losses(model, sequences).mean(dim=1)
 
 
+def batches(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, ...]:
+    """The sequences [n, tokens] cut into parts that the model takes at a time, :data:`MOST_SEQUENCES` or fewer.
+
+    Fewer where those would have more than :data:`MOST_LOGITS`, but at least one.
+    """
+    of_one = max(1, sequences.shape[1] - 1) * len(model.get_output_embeddings().weight)
+    return sequences.split(max(1, min(MOST_SEQUENCES, MOST_LOGITS // of_one)))
+
+
 def batched(
-    measure: Callable[[PreTrainedModel, Tensor], Tensor],
-    model: PreTrainedModel,
-    sequences: Tensor,
-    batch_size: int = 32,
+    measure: Callable[[PreTrainedModel, Tensor], Tensor], model: PreTrainedModel, sequences: Tensor
 ) -> Tensor:
     """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
     with torch.no_grad():
-        return torch.cat([measure(model, batch).cpu() for batch in sequences.split(batch_size)])
+        return torch.cat([measure(model, batch).cpu() for batch in batches(model, sequences)])
 
 
 def mean_loss(model: PreTrainedModel, sequences: Tensor) -> float:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib.losses import batches
+
 Vector = dict[str, Tensor]
 
 
@@ -87,21 +89,26 @@ def mean_gradient(
     model: PreTrainedModel,
     sequences: Tensor,
     loss: Callable[[PreTrainedModel, Tensor], Tensor],
-    batch_size: int = 32,
+    factors: Tensor | None = None,
 ) -> Vector:
     """Gradient of the mean over ``sequences`` of ``loss(model, batch)``, which must return one value a sequence.
 
-    Batches are added up, so memory does not grow with the number of sequences [n, tokens].
+    Each value is multiplied by the sequence's factor where ``factors`` [n] are given. Batches are added up, so
+    memory does not grow with the number of sequences [n, tokens].
     Raises FloatingPointError naming the sequence if a loss is not finite.
     """
     live = parameters(model)
     total = {name: torch.zeros_like(p) for name, p in live.items()}
-    for start in range(0, len(sequences), batch_size):
-        losses = loss(model, sequences[start : start + batch_size])
+    start = 0
+    for batch in batches(model, sequences):
+        losses = loss(model, batch)
         if not torch.isfinite(losses).all():
             bad = start + int((~torch.isfinite(losses)).nonzero()[0])
             raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
+        if factors is not None:
+            losses = losses * factors[start : start + len(batch)].to(losses)
         gradients = torch.autograd.grad(losses.sum(), list(live.values()))
         for name, gradient in zip(live, gradients, strict=True):
             total[name] += gradient / len(sequences)
+        start += len(batch)
     return total

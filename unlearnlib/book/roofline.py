@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from unlearnlib.curvature.capture import GRADIENT_BYTES
+from unlearnlib.losses import MOST_LOGITS
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -122,14 +125,15 @@ def routes(
 
     ``number`` bytes a weight, an activation and a number of G, in whose format the recursions work as well;
     Kronecker factors and streaming's sums are in float32, factorisations and the dual form's GGᵀ in float64.
-    Passes take ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has
+    Passes take ``batch`` sequences at a time, or fewer where those have too many logits, the recursion's blocks have ``block`` weights, streaming has
     ``budget`` bytes for its chunks, or what one row of a layer's gradients takes. The recursions and the dual form
     start from the gradients that ``sequence_gradients`` has made, and "kfac:request" from built factors and the
     gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """
-    d, t, h, batch = shape.d, shape.tokens, shape.width, min(batch, m)
+    d, t, h, trained = shape.d, shape.tokens, shape.width, min(batch, m)
+    batch = max(1, min(trained, MOST_LOGITS // (t * shape.vocabulary)))  # as unlearnlib.losses.batches cuts them
     v, gradients = d * number, m * d * number  # bytes of a vector in weight space, and of G
 
     def passes(forwards: int, sequences: int = m, batch: int = batch) -> Stage:
@@ -146,6 +150,11 @@ def routes(
         """Bytes of a batch's activations: for each token and layer so many times the width, and so on."""
         layer = (widths * h + scores * shape.heads * t) * number
         return batch * t * (shape.layers * layer + outputs * shape.vocabulary * 4)
+
+    # Gradients of single sequences come layer by layer, and those of the largest matrix decide how many at a time.
+    few = max(1, min(batch, GRADIENT_BYTES // (2 * max(shape.head, 4 * h * h) * number)))
+    table_parts = 4 * m * shape.head * number  # a tied table's two parts are made apart and added up
+    layer_bytes = max(kept(12, 3, batch=few) + few * shape.head * number, 2 * few * shape.head * number)
 
     sides = [(out, ins + 1, count) for out, ins, count in shape.matrices()]  # the bias is one more input
     table = shape.table or h
@@ -169,7 +178,7 @@ def routes(
         kept(14, 6) if m == batch else kept(14, 8) + squares * 4
     )  # the last batch's logits are still there
     factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
-    combined, one = min(16, m), min(32, forget)  # sequences at a time, for Gᵀw and for Δ
+    one = min(batch, forget)  # sequences at a time for Δ
     chunk = max(budget, m * max(t + table, 4 * h) * 4)  # at least a row of the widest layer of all sequences
 
     return {
@@ -177,7 +186,9 @@ def routes(
         "hessian_product": Route([passes(9)], kept(27, 6, 3) + 4 * v),
         "gauss_newton_product": Route([passes(6)], kept(12, 9, 1) + 2 * v),
         "newton_cg": Route([passes(6), float32(10 * d, 10 * v)], kept(12, 9, 1) + 6 * v),
-        "sequence_gradients": Route([passes(3, batch=1), float32(0, 3 * gradients)], gradients + 2 * v),
+        "sequence_gradients": Route(
+            [passes(3, batch=few), float32(0, 4 * gradients + table_parts)], gradients + layer_bytes
+        ),
         "fisher_recursion": Route(
             [Stage("model", 4 * m * d * block, 3 * gradients * block)],
             gradients + v * block,
@@ -196,10 +207,12 @@ def routes(
             gradients,
         ),
         "fisher_dual:streaming": Route(
-            [trunk, float32(head, 0), own_gram, decomposition, passes(3, batch=combined)],
-            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3, batch=combined)) + 2 * v,
+            [trunk, float32(head, 0), own_gram, decomposition, passes(3)],
+            max(chunk + m * t * h * (shape.layers + 20) * number, v + kept(12, 3)) + 2 * v,
         ),
-        "fisher_diagonal": Route([passes(3, batch=1), float32(2 * m * d, 3 * gradients)], 3 * v),
+        "fisher_diagonal": Route(
+            [passes(3, batch=few), float32(2 * m * d, 5 * gradients + table_parts)], v + layer_bytes
+        ),
         "kfac": Route(factors, factors_bytes),
         "ekfac": Route(
             [*factors, passes(2), float32(covariances + own_gradients, 2 * m * d * 4)],
@@ -211,6 +224,7 @@ def routes(
             (squares + d) * 4,
         ),
         "retrained:epoch": Route(  # AdamW is a list of operations, which together read or write 20 vectors
-            [passes(3), float32(15 * d * m / batch, 20 * v * m / batch)], kept(12, 3) + 3 * v
+            [passes(3, batch=trained), float32(15 * d * m / trained, 20 * v * m / trained)],
+            kept(12, 3, batch=trained) + 3 * v,
         ),
     }

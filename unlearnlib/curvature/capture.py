@@ -2,11 +2,13 @@
 
 The gradient of a linear layer's weights is a sum over positions of outer products: of the output gradient δ and
 the input a. Whoever has both, sequence by sequence, has every sequence's own gradient from a single backward
-pass, and can form its statistics layer by layer without ever holding all of it.
+pass: :func:`gradients_by_name` puts them together. Statistics can be formed layer by layer, without ever holding
+all of it.
 """
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,15 +18,23 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unlearnlib.weights import Vector
+from unlearnlib.losses import batches, sequence_losses
+from unlearnlib.weights import Vector, parameters
+
+GRADIENT_BYTES = 2**30
+"""How much the gradients of single sequences may take that are held at a time, where all may not be needed."""
+
+SequenceLoss = Callable[[PreTrainedModel, Tensor], Tensor]
+"""One loss a sequence of a batch: from the model and sequences [n, tokens] to [n]."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """A module with trainable parameters of its own.
 
-    ``kind`` is ``"linear"`` (out = W a + b), ``"embedding"`` (out = the row of W that a names) or ``"norm"``
-    (out = w · a + b, entry by entry, where a is the normalised input). ``weight`` and ``bias`` are the names of
+    ``kind`` is ``"linear"`` (out = W a + b), ``"embedding"`` (out = the row of W that a names, perhaps times a
+    number) or ``"norm"`` (out = w · a + b, entry by entry, where a is the normalised input, perhaps with an offset
+    that does not depend on w). ``weight`` and ``bias`` are the names of
     its parameters as :func:`unlearnlib.weights.parameters` has them, or None where there is none to train. The
     name of a tied weight is the same in both its layers. ``transposed``: W is stored as [in, out].
     """
@@ -41,7 +51,7 @@ Receive = Callable[[Layer, Tensor, Tensor], None]
 """Called with a layer, its input a and its output gradient δ [n, tokens, out].
 
 The input is [n, tokens, in] for a linear layer, [n, tokens, out] for a norm, and for an embedding the numbers of
-the rows read, int64 [n, tokens].
+the rows read, int64 [n, tokens]; δ is then that of the row read.
 """
 
 
@@ -123,7 +133,7 @@ def _after_forward(
     if layer.name in current.used:
         raise _unsupported(layer.name, module, "is used twice in one forward pass")
     current.used.add(layer.name)
-    inputs = _input(layer, args, kwargs, out.detach())
+    inputs, scale = _input(layer, args, kwargs, out.detach())
     if not out.requires_grad:  # the first trainable layer: from here on gradients are needed
         out.requires_grad_(True)
     n = current.sequences
@@ -131,62 +141,136 @@ def _after_forward(
         out, inputs = out.expand(n, *out.shape[1:]), inputs.expand(n, *inputs.shape[1:])
     # Some architectures run positions as one long row: [n * tokens, width].
     inputs = inputs.reshape(n, -1) if layer.kind == "embedding" else inputs.reshape(n, -1, inputs.shape[-1])
-    out.register_hook(lambda gradient: receive(layer, inputs, gradient.reshape(n, -1, gradient.shape[-1])))
+
+    def hand_on(gradient: Tensor) -> None:
+        gradient = gradient if scale is None else gradient * scale
+        receive(layer, inputs, gradient.reshape(n, -1, gradient.shape[-1]))
+
+    out.register_hook(hand_on)
     return out
 
 
-def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
-    """The layer's input in the form that :data:`Receive` describes, checked against the output."""
-    module = layer.module
+def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The layer's input in the form that :data:`Receive` describes, checked against the output.
+
+    Also a factor by which an embedding multiplies what it reads [..., 1], or None where it does not.
+    """
+    module, scale = layer.module, None
     if layer.kind == "linear":
-        return args[0].detach()
+        return args[0].detach(), None
     weight = module.weight.detach()
     with torch.no_grad():
         if layer.kind == "embedding":
-            # A table whose entries are its row numbers tells which rows were read, however the layer counts.
-            numbers = torch.arange(len(weight), dtype=torch.float64, device=out.device)[:, None]
-            inputs = functional_call(module, {"weight": numbers}, args, kwargs)[..., 0].long()
-            again = weight[inputs[:1].clamp(0, len(weight) - 1)]
+            # A table of row numbers and ones tells which rows were read, however the layer counts and scales.
+            numbers = torch.arange(len(weight), dtype=torch.float64, device=out.device)
+            table = torch.stack([numbers, torch.ones_like(numbers)], dim=1)
+            read = functional_call(module, {"weight": table}, args, kwargs)
+            inputs = (read[..., 0] / read[..., 1]).nan_to_num().round().long()
+            again = weight[inputs[:1].clamp(0, len(weight) - 1)] * read[:1, ..., 1:].to(weight)
+            scale = None if (read[..., 1] == 1).all() else read[..., 1:].to(weight)
         else:
+            # A norm may have an offset, as (1 + w) · a has, and is tried where no weight is: at 0 and at 2.
             others = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
             offset = functional_call(module, others, args, kwargs)
-            inputs = functional_call(module, others | {"weight": torch.ones_like(weight)}, args, kwargs) - offset
-            again = inputs[:1] * weight
+            twice = functional_call(module, others | {"weight": torch.full_like(weight, 2)}, args, kwargs)
+            inputs = (twice - offset) / 2
+            again = inputs[:1] * weight + offset[:1]
             if getattr(module, "bias", None) is not None:
                 again = again + module.bias
-    out, tolerance = out[:1], 100 * torch.finfo(out.dtype).eps  # the first sequence speaks for all, and is quicker
+    # The first sequence speaks for all, and is quicker; norms round to float32, whatever they are asked for.
+    out, tolerance = out[:1], 100 * max(torch.finfo(dtype).eps for dtype in (out.dtype, torch.float32))
     # What is not finite cannot be compared: whoever uses the gradients finds it, and can name the sequence.
     if out.isfinite().all() and not torch.allclose(
         again, out, rtol=tolerance, atol=tolerance * out.abs().max().item()
     ):
         raise _unsupported(layer.name, module, f"is not the plain {layer.kind} layer that it seems to be")
-    return inputs
+    return inputs, scale
 
 
-def sequence_gradients(layer: Layer, inputs: Tensor, gradient: Tensor) -> Vector:
+def layer_gradients(layer: Layer, inputs: Tensor, gradient: Tensor) -> Vector:
     """Gradients of the layer's own parameters, sequence by sequence: name to [n, *shape of the parameter].
 
     For a tied weight this is the part of one of its two layers.
     """
-    found = {}
+    parts = {}
     if layer.weight is not None:
         if layer.kind == "linear":
             left, right = (inputs, gradient) if layer.transposed else (gradient, inputs)
-            found[layer.weight] = torch.einsum("nti,ntj->nij", left, right)
+            parts[layer.weight] = torch.einsum("nti,ntj->nij", left, right)
         elif layer.kind == "norm":
-            found[layer.weight] = (gradient * inputs).sum(dim=1)
+            parts[layer.weight] = (gradient * inputs).sum(dim=1)
         else:
             table = gradient.new_zeros(len(gradient), *layer.module.weight.shape)
             sequence = torch.arange(len(gradient), device=gradient.device)[:, None]
             table.index_put_((sequence, inputs), gradient, accumulate=True)
-            found[layer.weight] = table
+            parts[layer.weight] = table
     if layer.bias is not None:
-        found[layer.bias] = gradient.sum(dim=1)
-    return found
+        parts[layer.bias] = gradient.sum(dim=1)
+    return parts
+
+
+def gradients_by_name(model: PreTrainedModel, batch: Tensor, loss: SequenceLoss = sequence_losses) -> Vector:
+    """Every sequence's own gradient of ``loss``, from one backward pass: name to [n, *shape of the parameter].
+
+    ``batch`` [n, tokens] is one of :func:`gradient_batches`. Raises as :func:`each_gradient`.
+    """
+    gradients: Vector = {}
+    each_gradient(model, batch, loss, gradients.__setitem__)
+    return {name: gradients[name] for name in parameters(model)}
+
+
+def each_gradient(
+    model: PreTrainedModel,
+    batch: Tensor,
+    loss: SequenceLoss,
+    receive: Callable[[str, Tensor], None],
+    first: int = 0,
+) -> None:
+    """Call ``receive`` with each parameter's name and gradients [n, *shape], as soon as a backward pass has them.
+
+    That is when all its uses are added up, which for a tied weight may be at the end. ``loss`` passes the batch
+    [n, tokens] through the model once; its first sequence has the number ``first`` in what is raised:
+    FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError as
+    :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no part in the loss.
+    """
+    layers = find_layers(model)
+    missing = Counter(name for layer in layers for name in (layer.weight, layer.bias) if name)
+    waiting: Vector = {}
+
+    def add(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        for name, part in layer_gradients(layer, inputs, gradient).items():
+            missing[name] -= 1
+            total = waiting.pop(name).add_(part) if name in waiting else part
+            if missing[name]:
+                waiting[name] = total
+                continue
+            precise = torch.promote_types(total.dtype, torch.float32)
+            finite = total.flatten(start_dim=1).sum(dim=1, dtype=precise).isfinite()
+            if not finite.all():
+                bad = first + int((~finite).nonzero()[0])
+                raise FloatingPointError(f"the gradient of sequence {bad} is not finite: are the weights damaged?")
+            receive(name, total)
+
+    with capture(model, layers, add):
+        loss(model, batch).sum().backward()
+    unused = [name for name, uses in missing.items() if uses]
+    if unused:
+        raise RuntimeError(f"{unused[0]!r} takes no part in the loss: freeze it with requires_grad_(False)")
+
+
+def gradient_batches(model: PreTrainedModel, sequences: Tensor, whole: bool = False) -> tuple[Tensor, ...]:
+    """The sequences [n, tokens] cut into batches whose gradients take no more than :data:`GRADIENT_BYTES`.
+
+    Counted are ``whole`` gradients, or of a parameter at a time those of its two uses. A batch has at least one
+    sequence, and no more than one of :func:`unlearnlib.losses.batches`.
+    """
+    sizes = [p.numel() * p.element_size() for p in parameters(model).values()]
+    number = GRADIENT_BYTES // (sum(sizes) if whole else 2 * max(sizes))
+    return sequences.split(max(1, min(number, len(batches(model, sequences)[0]))))
 
 
 def _unsupported(name: str, module: nn.Module, why: str) -> NotImplementedError:
     return NotImplementedError(
         f"the layer {name!r} ({type(module).__name__}) {why}: freeze its parameters with requires_grad_(False) "
-        "to leave them out, or use a curvature that needs no layers (FisherDual, FisherDiagonal, GaussNewton)"
+        "to leave them out, or use a curvature that needs no layers (GaussNewton, Hessian)"
     )

@@ -7,17 +7,16 @@ the model has drawn for the true one (:func:`sampled_losses`). Columns of G are 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib.curvature.capture import SequenceLoss, each_gradient, gradient_batches
 from unlearnlib.curvature.protocol import check_damping, take
 from unlearnlib.losses import log_probabilities, sequence_losses
 from unlearnlib.weights import Vector, flatten, parameters, unflatten
-
-SequenceLoss = Callable[[PreTrainedModel, Tensor], Tensor]
 
 
 def sequence_gradients(
@@ -25,31 +24,38 @@ def sequence_gradients(
 ) -> Tensor:
     """G: the gradient of each of the first ``number`` sequences [n, tokens], or of all, a row each, [m, d].
 
-    One backward pass a sequence: the gradient of a batch is a mean, and no mean tells what it was a mean of.
-    Raises ValueError if there are fewer than ``number`` sequences, FloatingPointError naming the sequence whose
+    Raises ValueError if there are fewer than ``number`` sequences, and as
+    :func:`unlearnlib.curvature.capture.each_gradient`: among others FloatingPointError naming the sequence whose
     gradient is not finite.
     """
     chosen = take(sequences, number)
-    live = parameters(model).values()
-    rows = next(iter(live)).new_empty(len(chosen), sum(p.numel() for p in live))
-    for row, gradient in zip(rows, _gradients(model, chosen, loss), strict=True):
-        row.copy_(flatten(gradient))
+    sizes = {name: p.numel() for name, p in parameters(model).items()}
+    rows = next(model.parameters()).new_empty(len(chosen), sum(sizes.values()))
+    columns = dict(zip(sizes, rows.split(list(sizes.values()), dim=1), strict=True))
+
+    def receive(name: str, gradients: Tensor) -> None:
+        columns[name][start : start + len(gradients)] = gradients.flatten(start_dim=1)
+
+    start = 0
+    for batch in gradient_batches(model, chosen):
+        each_gradient(model, batch, loss, receive, start)
+        start += len(batch)
     return rows
 
 
 def sampled_losses(generator: torch.Generator) -> SequenceLoss:
     """The loss whose per-sequence gradients give the true Fisher, in expectation over the labels it draws.
 
-    Each label is drawn from the model's own prediction, on the CPU, so that ``generator`` gives the same labels
-    on every device. A sequence's loss is the sum over its T predicted tokens, divided by √T: the tokens' cross
-    terms vanish in expectation, so E[g gᵀ] = (1/T) Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, which is the
-    Gauss–Newton matrix of the sequence's mean loss.
+    Each label is drawn from the model's own prediction, on the CPU and sequence by sequence, so that
+    ``generator`` gives the same labels on every device and in batches of any size. A sequence's loss is the sum
+    over its T predicted tokens, divided by √T: the tokens' cross terms vanish in expectation, so that E[g gᵀ] =
+    (1/T) Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, which is the Gauss–Newton matrix of the sequence's mean loss.
     """
 
     def loss(model: PreTrainedModel, sequences: Tensor) -> Tensor:
         log_p = log_probabilities(model, sequences)
-        p = log_p.detach().exp().flatten(end_dim=1).cpu()
-        labels = torch.multinomial(p, 1, generator=generator).view(*log_p.shape[:2], 1).to(log_p.device)
+        p = log_p.detach().exp().cpu()
+        labels = torch.stack([torch.multinomial(one, 1, generator=generator) for one in p]).to(log_p.device)
         return -log_p.gather(2, labels).sum(dim=(1, 2)) / math.sqrt(log_p.shape[1])
 
     return loss
@@ -208,7 +214,7 @@ def effective_rank(gram: Tensor, number: int | None = None) -> float:
 
 
 class FisherDiagonal:
-    """The diagonal of F: d numbers, added up over the sequences without ever holding G.
+    """The diagonal of F: d numbers, added up batch by batch and layer by layer, without ever holding G.
 
     Sequences and ``loss`` as for :func:`sequence_gradients`, which also says what is raised.
     """
@@ -222,9 +228,15 @@ class FisherDiagonal:
     ) -> None:
         chosen = take(sequences, number)
         self.diagonal = {name: torch.zeros_like(p) for name, p in parameters(model).items()}
-        for gradient in _gradients(model, chosen, loss):
-            for name, g in gradient.items():
+
+        def receive(name: str, gradients: Tensor) -> None:
+            for g in gradients:
                 self.diagonal[name].addcmul_(g, g, value=1 / len(chosen))
+
+        start = 0
+        for batch in gradient_batches(model, chosen):
+            each_gradient(model, batch, loss, receive, start)
+            start += len(batch)
 
     def matvec(self, v: Vector) -> Vector:
         """diag(F) v."""
@@ -238,14 +250,3 @@ class FisherDiagonal:
         """(diag(F) + λI)^p v."""
         check_damping(damping)
         return {name: (self.diagonal[name] + damping).pow(exponent) * x for name, x in v.items()}
-
-
-def _gradients(model: PreTrainedModel, sequences: Tensor, loss: SequenceLoss) -> Iterator[Vector]:
-    """The gradient of each sequence's own loss, one after the other."""
-    live = parameters(model)
-    for i in range(len(sequences)):
-        value = loss(model, sequences[i : i + 1]).sum()
-        gradient = dict(zip(live, torch.autograd.grad(value, list(live.values())), strict=True))
-        if not all(g.isfinite().all() for g in gradient.values()):
-            raise FloatingPointError(f"the gradient of sequence {i} is not finite: are the weights damaged?")
-        yield gradient

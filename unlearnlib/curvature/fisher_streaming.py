@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unlearnlib.curvature.capture import Layer, capture, find_layers, sequence_gradients
+from unlearnlib.curvature.capture import Layer, capture, find_layers, layer_gradients
 from unlearnlib.curvature.fisher import power_gain
 from unlearnlib.curvature.protocol import check_damping
-from unlearnlib.losses import check_length, sequence_losses
+from unlearnlib.losses import batches, check_length, sequence_losses
 from unlearnlib.weights import Vector, mean_gradient
 
 
@@ -36,8 +36,8 @@ class StreamingFisher:
     addition, for all m sequences, are the hidden states between the transformer blocks and what one block
     computes on the way.
 
-    Gᵀw takes a pass over the sequences, ``batch_size`` at a time, and so does Gv, except that the products with a
-    ``v`` that is known beforehand come with the build. ``eigenvalues`` of F [m], ascending; all others are 0.
+    Gᵀw takes a pass over the sequences, in batches, and so does Gv, except that the products with a ``v`` that is
+    known beforehand come with the build. ``eigenvalues`` of F [m], ascending; all others are 0.
 
     Raises ValueError without sequences, NotImplementedError for a layer of no known kind or an output layer with
     something behind it, FloatingPointError naming the sequence whose gradient is not finite.
@@ -49,9 +49,8 @@ class StreamingFisher:
         sequences: Tensor,
         budget_bytes: int = 2**25,
         v: Vector | None = None,
-        batch_size: int = 16,
     ) -> None:
-        self.model, self.sequences, self.batch_size = copy.deepcopy(model), sequences, batch_size
+        self.model, self.sequences = copy.deepcopy(model), sequences
         build = _Build(self.model, sequences, budget_bytes, v)
         build.run()
         s, self.vectors = torch.linalg.eigh(build.gram)
@@ -83,19 +82,14 @@ class StreamingFisher:
             parts[-1] += (_apply(layer, v, inputs) * gradient).sum(dim=(1, 2))
 
         with capture(self.model, find_layers(self.model), receive):
-            for batch in self.sequences.split(self.batch_size):
+            for batch in batches(self.model, self.sequences):
                 parts.append(self.eigenvalues.new_zeros(len(batch)))
                 sequence_losses(self.model, batch).sum().backward()
         return torch.cat(parts)
 
     def _combination(self, w: Tensor) -> Vector:
         """Gᵀw/m: the gradient of the mean of wᵢ ℓᵢ."""
-
-        def loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
-            losses = sequence_losses(model, self.sequences[rows])
-            return w[rows.to(w.device)].to(losses.dtype) * losses
-
-        return mean_gradient(self.model, torch.arange(len(w)), loss, self.batch_size)
+        return mean_gradient(self.model, self.sequences, sequence_losses, w)
 
 
 def _apply(layer: Layer, v: Vector, inputs: Tensor) -> Tensor:
@@ -160,7 +154,7 @@ class _Build:
             return
         inputs = inputs.to(self.buffer.dtype)
         small = layer if layer.kind == "norm" else replace(layer, weight=None)
-        for name, part in sequence_gradients(small, inputs, gradient).items():
+        for name, part in layer_gradients(small, inputs, gradient).items():
             self._add(part, name)
         if layer.kind == "linear" and layer.weight is not None:
             (m, _, width), outputs = inputs.shape, gradient.shape[2]

@@ -28,7 +28,7 @@ from unlearnlib.curvature.krylov import (
     smallest_eigenvalue,
 )
 from unlearnlib.curvature.protocol import check_damping
-from unlearnlib.losses import logits, sequence_losses
+from unlearnlib.losses import batches, logits, sequence_losses
 from unlearnlib.weights import Vector, flatten, mean_gradient, parameters, unflatten
 
 Measure = Callable[[PreTrainedModel, Tensor], Tensor]
@@ -54,7 +54,6 @@ class MatrixFree:
         self,
         model: PreTrainedModel,
         sequences: Tensor,
-        batch_size: int = 32,
         tolerance: float = 1e-3,
         max_iterations: int = 200,
     ) -> None:
@@ -62,7 +61,6 @@ class MatrixFree:
             raise ValueError("curvature needs at least one sequence, and there are none")
         self.model = copy.deepcopy(model)
         self.sequences = sequences
-        self.batch_size = batch_size
         self.tolerance = tolerance
         self.max_iterations = max_iterations
 
@@ -75,7 +73,7 @@ class MatrixFree:
         total = {name: torch.zeros_like(p) for name, p in parameters(self.model).items()}
         # The math kernel is the one that can be differentiated twice, and forwards.
         with sdpa_kernel(SDPBackend.MATH):
-            for batch in self.sequences.split(self.batch_size):
+            for batch in batches(self.model, self.sequences):
                 for value, part in zip(total.values(), self.batch_product(batch, v), strict=True):
                     value += part / len(self.sequences)
         for name, value in total.items():
@@ -176,13 +174,13 @@ class GaussNewton(MatrixFree):
         """J v forwards, B by two derivatives of the loss above, Jᵀ backwards (Schraudolph 2002)."""
         live = parameters(self.model)
         z = self.outputs(self.model, batch)
-        change = self._output_change(batch, v)
+        change = self.output_change(batch, v)
         top = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(self.output_loss(top, batch).sum(), top, create_graph=True)
         (bent,) = torch.autograd.grad(slope, top, grad_outputs=change)
         return torch.autograd.grad(z, list(live.values()), grad_outputs=bent)
 
-    def _output_change(self, batch: Tensor, v: Vector) -> Tensor:
+    def output_change(self, batch: Tensor, v: Vector) -> Tensor:
         """J v: how the outputs change as the weights move along v, by forward-mode differentiation."""
         wrapped = Outputs(self.model, self.outputs)
         with torch.no_grad(), forward_ad.dual_level():

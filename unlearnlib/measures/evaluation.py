@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import log_probabilities
+from unlearnlib.losses import batches, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reading:
 def read(model: PreTrainedModel, sequences: Tensor, reference: PreTrainedModel | None = None) -> Reading:
     """All that one pass over ``sequences`` [n, tokens] tells of a model, and of its distance to a reference."""
     parts = []
-    for batch in sequences.split(32):
+    for batch in batches(model, sequences):
         targets, q = batch[:, 1:].to(model.device), log_probabilities(model, batch)
         part = [-q.gather(2, targets[..., None])[..., 0], q.argmax(dim=2) == targets]
         if reference is not None:

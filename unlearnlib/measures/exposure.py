@@ -48,7 +48,6 @@ def text_losses(
     tokenizer: PreTrainedTokenizerBase,
     prefix: str,
     texts: Sequence[str],
-    batch_size: int = 64,
 ) -> Tensor:
     """Total negative log-likelihood in nats of each of ``texts`` after ``prefix``; float64, shape [n].
 
@@ -65,7 +64,7 @@ def text_losses(
     result = torch.empty(len(texts), dtype=torch.float64)
     for length in {len(row) for row in rows}:
         same = [i for i, row in enumerate(rows) if len(row) == length]
-        result[same] = batched(losses, model, torch.tensor([rows[i] for i in same]), batch_size)
+        result[same] = batched(losses, model, torch.tensor([rows[i] for i in same]))
     return result
 
 

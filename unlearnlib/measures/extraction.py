@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import check_length
+from unlearnlib.losses import batches, check_length
 
 
 @torch.no_grad()
@@ -66,9 +66,7 @@ def overlap(generated: Tensor, truth: Tensor, n: int) -> float:
     return sum(grams) / len(grams)
 
 
-def extraction_likelihood(
-    model: PreTrainedModel, sequences: Tensor, n: int = 10, stride: int = 8, batch_size: int = 64
-) -> float:
+def extraction_likelihood(model: PreTrainedModel, sequences: Tensor, n: int = 10, stride: int = 8) -> float:
     """EL_n of ``sequences`` [m, T], averaged over them (Jang et al. 2023); between 0 and 1.
 
     The model is given the first t tokens and writes the other T - t; counted is the share of the n-grams it
@@ -87,7 +85,7 @@ def extraction_likelihood(
         )
     shares, cached = [], has_cache(model, sequences[:1, : lengths[0] + 1])
     for length in lengths:
-        for batch in sequences.split(batch_size):
+        for batch in batches(model, sequences):
             generated = continuations(model, batch[:, :length], tokens - length, cached)
             shares += [overlap(g, s[length:], n) for g, s in zip(generated, batch, strict=True)]
     return sum(shares) / len(shares)

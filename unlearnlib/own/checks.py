@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unlearnlib.curvature.capture import find_layers
+from unlearnlib.curvature.capture import GRADIENT_BYTES, find_layers
 from unlearnlib.curvature.fisher_streaming import least_numbers
 from unlearnlib.models import loading
 from unlearnlib.own.request import Request
@@ -155,8 +155,9 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     passing, search = 5 * d + batch, 5 * d
     if request.method in ("kfac", "ekfac", "fisher_forgetting"):
         passing, search = passing + factors, 8 * d + 2 * factors
-    elif request.method == "fisher_diagonal":
-        search = 6 * d
+    elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
+        largest = 2 * max(a * b for a, b in matrices)
+        passing, search = passing + min(32 * largest, max(GRADIENT_BYTES // 4, largest)), 6 * d
     elif request.method == "fisher_dual":  # all sequences at once, but of the blocks only one
         blocks = model.config.get_text_config().num_hidden_layers
         held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)

@@ -80,7 +80,6 @@ def option_losses(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     length: int,
-    batch_size: int = 64,
 ) -> list[Tensor]:
     """Total negative log-likelihood in nats of each option after its prompt; float64, by question [options].
 
@@ -100,7 +99,7 @@ def option_losses(
         spans += [(len(stem) - cut - 1, len(tokens) - cut - 1) for tokens in full]
     longest = max(map(len, rows))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    losses = batched(token_losses, model, padded, batch_size).double()
+    losses = batched(token_losses, model, padded).double()
     totals = torch.stack([row[start:end].sum() for row, (start, end) in zip(losses, spans, strict=True)])
     return list(totals.split([len(question.options) for question in questions]))
 

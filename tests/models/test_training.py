@@ -254,6 +254,7 @@ def called_within(function):
 # They are called on the way to a trained model, but do not decide what it becomes.
 NO_INFLUENCE = {
     "check_length",
+    "note_pass",
     "default_device",
     "_resume",
     "_save",

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 
+from unlearnlib import losses
 from unlearnlib.measures import exposure
 from unlearnlib.models import loading
 from unlearnlib.texts import questions, sequences
@@ -40,17 +41,18 @@ def model(tokenizer):
     return loading.load_model(source, seed=0, dtype=torch.float64, device="cpu")
 
 
-def test_losses_are_those_of_each_option_alone(model, tokenizer):
+def test_losses_are_those_of_each_option_alone(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 2)
     asked = [
         Question("Question: How many eggs has hen 3?\nAnswer: ", ("21", "1 and 2", "hen"), 0),
         Question("Answer: ", ("Question", "a very much longer option of many tokens"), 1),
     ]
-    found = questions.option_losses(model, tokenizer, asked, length=64, batch_size=2)
-    for question, losses in zip(asked, found, strict=True):
+    found = questions.option_losses(model, tokenizer, asked, length=64)
+    for question, values in zip(asked, found, strict=True):
         expected = exposure.text_losses(
             model, tokenizer, question.prompt, question.options
         )  # unpadded, one by one
-        torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_prompts_are_cut_at_their_beginning_alike_for_all_options(model, tokenizer):

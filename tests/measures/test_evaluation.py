@@ -6,8 +6,9 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from scipy import special
 
-from unlearnlib.losses import batched, mean_loss, sequence_losses
-from unlearnlib.measures.evaluation import compare, mean_kl, membership_auc, min_k_scores, token_accuracy
+from unlearnlib import losses
+from unlearnlib.losses import batched, batches, mean_loss, sequence_losses
+from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
 
 
 def numpy_log_probabilities(model, sequences):
@@ -44,16 +45,23 @@ def test_kl_against_numpy_and_zero_to_itself():
     assert mean_kl(p_model, p_model, sequences) == pytest.approx(0, abs=1e-14)
 
 
-def test_token_accuracy_counts_hits():
-    model, sequences = tiny_model(), random_sequences(6)
-    hits = numpy_log_probabilities(model, sequences).argmax(axis=2) == sequences[:, 1:].numpy()
-    assert token_accuracy(model, sequences) == pytest.approx(hits.mean())
-
-
-def test_batching_changes_nothing():
+def test_batching_changes_nothing(monkeypatch):
     model, sequences = tiny_model(), random_sequences(11)
     whole = sequence_losses(model, sequences)
-    torch.testing.assert_close(batched(sequence_losses, model, sequences, 4), whole.detach())
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 4)
+    torch.testing.assert_close(batched(sequence_losses, model, sequences), whole.detach())
+
+
+@pytest.mark.parametrize(
+    ("sequences", "logits", "sizes"),
+    [(32, 2**26, [32, 32, 6]), (100, 10 * 11 * VOCABULARY, 7 * [10]), (4, 11 * VOCABULARY - 1, 70 * [1])],
+)
+def test_batches_hold_no_more_than_is_allowed_and_at_least_one(sequences, logits, sizes, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", sequences)
+    monkeypatch.setattr(losses, "MOST_LOGITS", logits)
+    parts = batches(tiny_model(), random_sequences(70, length=12))
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), random_sequences(70, length=12))
 
 
 def test_auc_is_the_share_of_pairs_ranked_right():
@@ -75,11 +83,35 @@ def test_sequences_beyond_the_context_are_refused():
         mean_loss(tiny_model(), random_sequences(2, length=33))
 
 
-def test_one_pass_tells_what_three_would():
-    model, reference, sequences = tiny_model(), tiny_model(seed=1), random_sequences(5)
-    losses, hits, kl = compare(model, reference, sequences, batch_size=2)
-    p, q = (m(input_ids=sequences).logits[:, :-1].detach().softmax(dim=2) for m in (reference, model))
-    torch.testing.assert_close(losses, -q.log().gather(2, sequences[:, 1:, None])[..., 0])
-    assert torch.equal(hits, q.argmax(dim=2) == sequences[:, 1:])
-    torch.testing.assert_close(kl, (p * (p / q).log()).sum(dim=2).mean(dim=1))
-    assert mean_kl(reference, model, sequences) == pytest.approx(kl.mean().item())
+def test_one_pass_tells_losses_hits_and_divergence():
+    model, reference, sequences = tiny_model(), tiny_model(seed=1), random_sequences(35)  # more than a batch
+    reading = read(model, sequences, reference)
+    p, q = (numpy_log_probabilities(m, sequences) for m in (reference, model))
+    targets = sequences[:, 1:].numpy()
+    by_token = -np.take_along_axis(q, targets[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(reading.losses, by_token, rtol=1e-9)
+    assert np.array_equal(reading.hits, q.argmax(axis=2) == targets)
+    np.testing.assert_allclose(reading.kl, (np.exp(p) * (p - q)).sum(axis=2).mean(axis=1), rtol=1e-6)
+    assert reading.loss == pytest.approx(by_token.mean())
+    assert reading.loss == pytest.approx(mean_loss(model, sequences))
+    assert reading.accuracy == pytest.approx((q.argmax(axis=2) == targets).mean())
+    assert reading.divergence == pytest.approx(reading.kl.mean().item())
+    assert read(model, sequences).kl is None
+
+
+def test_readings_of_sets_join_to_that_of_all():
+    model, sequences = tiny_model(), random_sequences(7)
+    joined = Reading.joined([read(model, sequences[:3]), read(model, sequences[3:])])
+    torch.testing.assert_close(joined.losses, read(model, sequences).losses)
+    assert len(joined.hits) == 7
+
+
+def test_both_attacks_look_for_members_where_the_loss_is_low():
+    low, high = torch.full((3, 10), 1.0), torch.full((4, 10), 2.0)
+    hits = torch.zeros(3, 10)
+    told = membership(Reading(low, hits), Reading(high, hits))
+    assert told == {"membership_auc": 1.0, "membership_auc_min_k": 1.0}
+    high[:, 0] = 0.1  # most tokens decide over the mean, the worst over Min-K%
+    low[:, 0] = 30.0
+    told = membership(Reading(low, hits), Reading(high, hits))
+    assert told == {"membership_auc": 0.0, "membership_auc_min_k": 0.0}

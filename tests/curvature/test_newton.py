@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unlearnlib import weights
+from unlearnlib import losses, weights
 from unlearnlib.curvature import krylov, newton
 from unlearnlib.losses import log_probabilities, logits, sequence_losses
 from unlearnlib.models import loading
@@ -77,15 +77,17 @@ def explicit(curvature, like):
     return torch.stack(rows, dim=1)
 
 
-def test_hessian_products_are_the_hessians(model):
-    ours = explicit(newton.Hessian(model, SEQUENCES, batch_size=2), weights.parameters(model))
+def test_hessian_products_are_the_hessians(model, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 2)
+    ours = explicit(newton.Hessian(model, SEQUENCES), weights.parameters(model))
     expected = explicit_hessian(model)
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-8
     assert torch.linalg.eigvalsh(expected)[0] < -1e-4  # the point of the next matrix
 
 
-def test_gauss_newton_products_are_the_gauss_newton_matrixs(model):
-    ours = explicit(newton.GaussNewton(model, SEQUENCES, batch_size=2), weights.parameters(model))
+def test_gauss_newton_products_are_the_gauss_newton_matrixs(model, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 2)
+    ours = explicit(newton.GaussNewton(model, SEQUENCES), weights.parameters(model))
     expected = explicit_gauss_newton(model)
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-8
     assert torch.linalg.eigvalsh(expected)[0] > -1e-12
@@ -108,8 +110,9 @@ def test_any_loss_will_do(model):
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
-def test_tied_and_frozen_weights(architecture):
+def test_tied_and_frozen_weights(architecture, monkeypatch):
     """Against a difference quotient of gradients, which knows nothing of how products are made."""
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 4)
     model, sequences = tiny_model(architecture), random_sequences(6)
     first = next(iter(weights.parameters(model)))
     dict(model.named_parameters())[next(n for n, p in model.named_parameters() if p.ndim == 1)].requires_grad_(
@@ -117,7 +120,7 @@ def test_tied_and_frozen_weights(architecture):
     )
     start = weights.snapshot(model)
     v = weights.random_vector(start, torch.Generator().manual_seed(0))
-    ours = newton.Hessian(model, sequences, batch_size=4).matvec(v)
+    ours = newton.Hessian(model, sequences).matvec(v)
     assert ours.keys() == weights.parameters(model).keys()
     assert first in ours
     # Llama's norm rounds to float32, whatever we ask for.

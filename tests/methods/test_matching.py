@@ -65,7 +65,7 @@ def test_steps_stop_on_the_target_and_leave_the_model_there():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
     target = mean_loss(model, forget) + 0.5
-    match = matching.match_steps(model, steps, lambda: mean_loss(model, forget), target)
+    match = matching.Walk(model, steps, forget).to(target)
     assert match.reached
     assert match.strength % 1 != 0  # the last step was too long and only a part of it was taken
     assert mean_loss(model, forget) == match.loss == pytest.approx(target, abs=matching.TOLERANCE)
@@ -75,14 +75,24 @@ def test_steps_that_run_out_or_go_nowhere_are_reported():
     model, forget = tiny_model(), random_sequences(4)
     before = weights.snapshot(model)
     loss = mean_loss(model, forget)
-    match = matching.match_steps(model, iter([0, 1, 2]), lambda: mean_loss(model, forget), loss + 1)
+    match = matching.Walk(model, iter([0, 1, 2]), forget).to(loss + 1)
     assert (match.strength, match.reached, match.loss) == (3, False, loss)
-    match = matching.match_steps(model, iter(int, 1), lambda: loss, loss + 1, max_steps=5)
+    match = matching.Walk(model, iter(int, 1), forget, max_steps=5).to(loss + 1)
     assert (match.strength, match.reached) == (5, False)
     assert weights.norm(weights.difference(weights.snapshot(model), before)) == 0
 
 
-def test_a_step_into_infinity_is_cut_back_to_the_target():
+def overflowing(monkeypatch, start):
+    """Let the loss of a model be the distance it has gone from ``start``, until it overflows."""
+
+    def loss(model, _forget):
+        gone = weights.norm(weights.difference(weights.snapshot(model), start))
+        return gone if gone < 100 else math.inf
+
+    monkeypatch.setattr(matching, "mean_loss", loss)
+
+
+def test_a_step_into_infinity_is_cut_back_to_the_target(monkeypatch):
     model = tiny_model()
 
     def steps():
@@ -94,11 +104,8 @@ def test_a_step_into_infinity_is_cut_back_to_the_target():
 
     start = weights.snapshot(model)
 
-    def loss():  # distance gone, until it overflows
-        gone = weights.norm(weights.difference(weights.snapshot(model), start))
-        return gone if gone < 100 else math.inf
-
-    match = matching.match_steps(model, steps(), loss, target=10.0)
+    overflowing(monkeypatch, start)
+    match = matching.Walk(model, steps(), random_sequences(1)).to(10.0)
     assert match.reached
     assert 0 < match.strength < 1
 
@@ -120,7 +127,7 @@ def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
         steps = first_order.descend(
             model, first_order.ascent_loss, forget, forget, OPTIMIZERS[optimizer](model), seed=0, batch_size=3
         )
-        return model, matching.Walk(model, steps, lambda: mean_loss(model, forget))
+        return model, matching.Walk(model, steps, forget)
 
     model, stopping = walk()
     start = mean_loss(model, forget)
@@ -146,7 +153,7 @@ def test_the_most_steps_are_counted_over_all_targets():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
     start = mean_loss(model, forget)
-    walk = matching.Walk(model, steps, lambda: mean_loss(model, forget), max_steps=4)
+    walk = matching.Walk(model, steps, forget, max_steps=4)
     first, second = walk.to(start + 0.05), walk.to(start + 100)
     assert first.reached
     assert 0 < first.strength < 4
@@ -154,7 +161,7 @@ def test_the_most_steps_are_counted_over_all_targets():
     assert walk.to(start + 100).strength == 4
 
 
-def test_after_a_step_into_infinity_the_walk_goes_no_further_than_that_step():
+def test_after_a_step_into_infinity_the_walk_goes_no_further_than_that_step(monkeypatch):
     model = tiny_model()
     start, drawn = weights.snapshot(model), []
 
@@ -166,11 +173,8 @@ def test_after_a_step_into_infinity_the_walk_goes_no_further_than_that_step():
                     p.add_(1e3)
             yield
 
-    def loss():
-        gone = weights.norm(weights.difference(weights.snapshot(model), start))
-        return gone if gone < 100 else math.inf
-
-    walk = matching.Walk(model, steps(), loss)
+    overflowing(monkeypatch, start)
+    walk = matching.Walk(model, steps(), random_sequences(1))
     first, second, third = (walk.to(target) for target in (10.0, 20.0, 500.0))
     assert second.strength == pytest.approx(2 * first.strength, rel=0.01)
     assert [first.reached, second.reached, third.reached] == [True, True, False]
@@ -186,38 +190,69 @@ def test_a_direction_is_followed_to_the_target():
     target = mean_loss(model, forget) + 0.3
     for scale in (1e-6, 1.0, 1e6):  # the unit of the direction does not matter
         direction = {name: scale * value for name, value in delta.items()}
-        match = matching.match_direction(model, start, direction, forget, target)
+        match = matching.Line(model, direction, forget, start).to(target)
         assert match.reached
         assert mean_loss(model, forget) == pytest.approx(match.loss) == pytest.approx(target, abs=0.01)
         moved = weights.difference(weights.snapshot(model), start)
         assert weights.norm(moved) == pytest.approx(match.strength * weights.norm(direction))
     for nowhere in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="leads nowhere"):
-            matching.match_direction(
-                model, start, {n: nowhere * torch.ones_like(v) for n, v in delta.items()}, forget, target
-            )
+            matching.Line(model, {n: nowhere * torch.ones_like(v) for n, v in delta.items()}, forget)
 
 
-def test_the_damping_is_chosen_by_validation_among_those_that_reach_the_target():
+def test_a_line_starts_where_the_model_is_or_where_it_is_told_to():
+    model, forget = tiny_model(), random_sequences(6)
+    here, delta = weights.snapshot(model), weights.mean_gradient(model, forget, sequence_losses)
+    there = weights.add(here, delta, -0.5)
+    matching.Line(model, delta, forget, there).go(0.25)
+    assert weights.norm(weights.difference(weights.snapshot(model), weights.add(here, delta, -0.25))) < 1e-12
+    weights.set_weights(model, here)
+    line = matching.Line(model, delta, forget)
+    weights.set_weights(model, there)  # what is done to the model later does not move the line
+    line.go(0.0)
+    assert weights.norm(weights.difference(weights.snapshot(model), here)) == 0
+
+
+def test_a_setting_is_chosen_by_validation_among_those_that_reach_the_target():
     model, forget, validation = tiny_model(), random_sequences(6), random_sequences(4, seed=1)
     start = weights.snapshot(model)
     delta = weights.mean_gradient(model, forget, sequence_losses)
     target = mean_loss(model, forget) + 0.3
     where = []
 
-    def directions():  # each is made from a model that stands where it started
-        for damping, turn in ((0.1, 1.0), (1.0, -1.0)):
-            where.append(weights.norm(weights.difference(weights.snapshot(model), start)))
-            yield damping, {name: turn * value for name, value in delta.items()}
+    def path(turn):  # each is made from a model that stands where it started
+        where.append(weights.norm(weights.difference(weights.snapshot(model), start)))
+        return matching.Line(model, {name: turn * value for name, value in delta.items()}, forget)
 
-    sweep = matching.sweep_damping(model, start, directions(), forget, validation, target)
+    table = matching.sweep([1.0, -1.0], path, validation, target)
     assert where == [0.0, 0.0]
     assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0
-    matching.match_direction(model, start, delta, forget, target)
-    assert sweep["validation_loss"][0] == pytest.approx(mean_loss(model, validation))
-    sweep = pd.DataFrame(
-        {"damping": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
+    assert table["setting"].tolist() == [1.0, -1.0]
+    matching.Line(model, delta, forget).to(target)
+    assert table["validation_loss"][0] == pytest.approx(mean_loss(model, validation))
+
+
+def test_settings_may_be_of_any_kind_and_paths_may_walk():
+    forget, validation = random_sequences(6), random_sequences(4, seed=1)
+    target = mean_loss(tiny_model(), forget) + 0.1
+
+    def path(setting):
+        model, (rate, most) = tiny_model(), setting
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+        return matching.Walk(model, steps, forget, most)
+
+    table = matching.sweep([(0.2, 50), (1e-6, 1)], path, validation, target)
+    assert table["reached"].tolist() == [True, False]
+    assert matching.best_setting(table) == (0.2, 50)
+
+
+def test_a_setting_that_misses_the_target_is_never_the_best():
+    table = pd.DataFrame(
+        {"setting": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
     )
-    assert matching.best_damping(sweep) == 2.0
+    best = matching.best_setting(table)
+    assert best == 2.0
+    assert type(best) is float
     with pytest.raises(ValueError, match="widen the grid"):
-        matching.best_damping(sweep.assign(reached=False))
+        matching.best_setting(table.assign(reached=False))

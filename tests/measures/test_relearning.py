@@ -55,6 +55,6 @@ def test_what_ascent_hid_falls_further_than_what_was_never_learnt():
     target = mean_loss(never, forget)
     optimizer = torch.optim.SGD(knows.parameters(), lr=1e-2)
     steps = first_order.descend(knows, first_order.ascent_loss, forget, other, optimizer, seed=0)
-    assert matching.match_steps(knows, steps, lambda: mean_loss(knows, forget), target).reached
+    assert matching.Walk(knows, steps, forget).to(target).reached
     falls = [relearning.fall(relearning.relearning_curve(m, forget, 30, 1e-3)) for m in (knows, never)]
     assert falls[0] > falls[1] + 0.1

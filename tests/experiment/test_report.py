@@ -8,7 +8,7 @@ import torch
 
 from unlearnlib import weights
 from unlearnlib.experiment import case as one_case
-from unlearnlib.experiment import profiles
+from unlearnlib.experiment import chapters, profiles
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
@@ -119,10 +119,10 @@ def test_a_report_follows_a_direction_through_the_target(cases):
     case = cases[0]
     report = Report(case, case.retrained())
     model = case.original()
-    start, delta = weights.snapshot(model), first_order.ascent_direction(model, case.splits.forget)
+    delta = first_order.ascent_direction(model, case.splits.forget)
     report.reference("original", case.original())
     report.reference("retrained", report.retrained)
-    match = report.follow_direction("gradient_ascent", model, start, delta)
+    match = report.follow("gradient_ascent", matching.Line(model, delta, case.splits.forget))
     assert match.reached
     assert match.loss == pytest.approx(report.target, abs=matching.TOLERANCE)
     assert report.matches["gradient_ascent"] == match
@@ -138,37 +138,95 @@ def test_a_report_follows_a_direction_through_the_target(cases):
     assert at_match == pytest.approx(match.loss, rel=1e-5)
 
 
+def adam_walk(case, max_steps=1000):
+    model, splits = case.original(), case.splits
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    steps = first_order.descend(model, first_order.ascent_loss, splits.forget, case.estimation, optimizer, seed=0)
+    return matching.Walk(model, steps, splits.forget, max_steps)
+
+
 def test_a_report_counts_steps_from_the_first_one_on(cases):
     case = cases[0]
-
-    def start():
-        model, splits = case.original(), case.splits
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        loss = first_order.ascent_loss
-        return model, first_order.descend(model, loss, splits.forget, case.estimation, optimizer, seed=0)
-
     report = Report(case, case.retrained(), shares=(0.5, 0.75, 1.0, 1.25))
-    match = report.follow_steps("gradient_ascent", *start())
-    model, steps = start()
-    straight = matching.match_steps(model, steps, lambda: mean_loss(model, case.splits.forget), report.target)
+    match = report.follow("gradient_ascent", adam_walk(case))
+    straight = adam_walk(case).to(report.target)
     assert match.reached
     assert match.strength == pytest.approx(straight.strength, abs=0.5)  # both within tolerance of the target
     assert straight.strength > 3
     [noted] = (row["value"] for row in report.rows if row["metric"] == "strength")
     assert noted == match.strength
-    most = Report(case, case.retrained()).follow_steps("gradient_ascent", *start(), max_steps=3)
+    most = Report(case, case.retrained()).follow("gradient_ascent", adam_walk(case, max_steps=3))
     assert (most.strength, most.reached) == (3, False)
+
+
+def test_a_report_says_what_a_method_cost(cases):
+    """Steps are differentiated passes over both batches; the loss is looked at once before and after each."""
+    case = cases[0]
+    report = Report(case, case.retrained(), shares=(1.0,))
+    walk = adam_walk(case, max_steps=3)  # which looks at the loss as soon as it is made
+    assert report.target - report.original_loss > 0.01
+    match, number = report.follow("gradient_ascent", walk), len(case.splits.forget)
+    assert (match.strength, match.evaluations) == (3, 4)
+    assert report.costs["gradient_ascent"].plain_passes == pytest.approx(3 * number + 3 * number / 3)
+    assert report.costs["gradient_ascent"].seconds > 0
+
+
+def test_a_brief_match_is_measured_and_not_probed_nor_on_the_frontier(cases):
+    case = cases[0]
+    report = Report(case, case.retrained(), rounding=True)
+    model = case.original()
+    delta = first_order.ascent_direction(model, case.splits.forget)
+    match = report.match("gradient_ascent", matching.Line(model, delta, case.splits.forget), brief=True)
+    assert match.loss == pytest.approx(report.target, abs=matching.TOLERANCE)
+    metrics = {row["metric"] for row in report.rows}
+    assert {"holdout_loss", "strength", "reached"} <= metrics
+    assert not {"relearned_nats", "forget_loss_4bit"} & metrics
+    assert (report.frontier, report.curves) == ([], {})
+    report.match("again", matching.Line(model, delta, case.splits.forget, weights.snapshot(case.original())))
+    assert {"relearned_nats", "forget_loss_4bit"} <= {row["metric"] for row in report.rows}
+
+
+def test_a_sweep_is_above_the_retrained_model_on_the_validation_sequences(cases):
+    case = cases[0]
+    report = Report(case, case.retrained())
+    model = case.original()
+    delta = first_order.ascent_direction(model, case.splits.forget)
+    table = report.sweep([1.0], lambda _: matching.Line(model, delta, case.splits.forget))
+    assert table["reached"].all()
+    matching.Line(model, delta, case.splits.forget).to(report.target)
+    expected = mean_loss(model, case.validation) - mean_loss(case.retrained(), case.validation)
+    assert table["excess"].item() == pytest.approx(expected)
 
 
 def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
     case = cases[0]
     report = Report(case, case.retrained())
     model = case.original()
-    end = matching.Match(3.0, report.original_loss, reached=False, evaluations=1)
-    assert report.follow("finetuned", model, lambda loss: end) == end
+    end = report.follow("finetuned", matching.Walk(model, [], case.splits.forget))
+    assert (end.strength, end.reached) == (0.0, False)
     assert [point["share"] for point in report.frontier] == [SHARES[0]]
     table = results_table([report])
     assert table.query("metric == 'reached'")["value"].item() == 0.0
+
+
+def test_every_chapter_has_every_profile_and_the_same_settings_in_each():
+    for name, by_profile in chapters.CHAPTERS.items():
+        assert list(by_profile) == list(profiles.PROFILES), name
+        fields = {field.name for field in dataclasses.fields(profiles.Profile)}
+        own = {frozenset(settings.keys() - fields) for settings in by_profile.values()}
+        assert len(own) == 1, name
+
+
+def test_a_chapter_changes_the_profile_and_brings_its_own_settings():
+    settings, sizes = chapters.chapter("repeated_requests", "quick")
+    assert (settings.seeds, sizes.number) == ((0,), 6)
+    assert dataclasses.replace(settings, seeds=(0, 1)) == profiles.get_profile("quick")
+    settings, _ = chapters.chapter("repeated_requests", "cpu", "tales", seeds=2)
+    assert (settings.name, settings.corpus, settings.seeds) == ("cpu", "tales", (0, 1))
+    with pytest.raises(ValueError, match="unknown chapter 'requests': choose one of unlearning_problem,"):
+        chapters.chapter("requests", "quick")
+    with pytest.raises(ValueError, match="unknown profile 'fast'"):
+        chapters.chapter("newton", "fast")
 
 
 def test_unknown_profiles_corpora_and_numbers_are_refused():
@@ -185,7 +243,7 @@ def test_unknown_profiles_corpora_and_numbers_are_refused():
 EXPERIMENT = """
 import sys
 import pandas as pd
-from test_experiment import TINY_PROFILE
+from test_report import TINY_PROFILE
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
@@ -207,7 +265,7 @@ for case in one_case.make_cases(TINY_PROFILE):
         model, first_order.gradient_difference_loss, splits.forget, splits.retain, optimizer, seed=0
     )
     target = mean_loss(model, splits.forget) + 0.2
-    match = matching.match_steps(model, steps, lambda: mean_loss(model, splits.forget), target)
+    match = matching.Walk(model, steps, splits.forget).to(target)
     report.measure("gradient_difference", model, strength=match.strength)
     report.probe("gradient_difference", model)
     rows += report.rows
@@ -219,7 +277,8 @@ def test_the_same_experiment_twice_from_nothing_gives_the_same_bytes(tmp_path, p
     written = []
     for name in ("first", "second"):
         command = [sys.executable, "-c", EXPERIMENT, str(tmp_path / name)]
-        subprocess.run(command, check=True, cwd=pytestconfig.rootpath / "tests", capture_output=True)
+        folder = pytestconfig.rootpath / "tests" / "experiment"
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
         written.append((tmp_path / name / "twice.csv").read_bytes())
     assert written[0] == written[1]
     assert written[0].count(b"\n") > 20

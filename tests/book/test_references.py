@@ -1,15 +1,18 @@
-"""The bibliography against what cites it, and the page on data against what the library downloads."""
+"""The bibliography against what cites it, the page on data against the downloads, the maps against the library."""
 
 import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from unlearnlib.book.imports import imported_files
+from unlearnlib.book.notebooks import listed_notebooks
 from unlearnlib.experiment import profiles
 from unlearnlib.texts import corpora, wheels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROSE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "book").glob("*.md"))}
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -74,3 +77,25 @@ def test_what_a_licence_asks_for_is_said():
         assert needed in attribution
     assert "*for research purposes only*" in PROSE["data.md"]
     assert "Reuters-21578, Distribution 1.0" in row_of("reuters")
+
+
+MAPS = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), "running.md": PROSE["running.md"]}
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_the_map_leads_from_every_chapter_to_modules_that_it_imports(page):
+    rows = re.findall(r"^\| (?:\{doc\}`../notebooks/|`)(\d\d_\w+)` \| (.*) \|$", MAPS[page], re.MULTILINE)
+    chapters = listed_notebooks(ROOT)
+    assert [name for name, _ in rows] == [path.stem for path in chapters]
+    for path, (name, modules) in zip(chapters, rows, strict=True):
+        imported = set(imported_files(nbformat.read(path, as_version=4)).values())
+        for module in re.findall(r"`([^`]+)`", modules):
+            place = ROOT / "unlearnlib" / module
+            assert (place / "__init__.py" if module.endswith("/") else place) in imported, f"{name}: {module}"
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_the_rooms_are_those_of_the_library(page):
+    [table] = re.findall(r"^\| Room of `unlearnlib` .*\n\|---\|---\|\n((?:\|.*\n)+)", MAPS[page], re.MULTILINE)
+    rooms = {room for line in table.splitlines() for room in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert rooms == {path.stem for path in (ROOT / "unlearnlib").iterdir() if not path.name.startswith("__")}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -20,19 +21,21 @@ from myst_parser.mdit_to_docutils.sphinx_ import SphinxRenderer
 from myst_parser.parsers.mdit import create_md_parser
 from nbformat.v4 import new_code_cell, new_notebook
 
-from unlearnlib.book import notebooks
-from unlearnlib.book.build import _say, main
-from unlearnlib.book.notebooks import is_done, listed_notebooks, plan, run_notebooks
+from unlearnlib.book import notebooks, pages, schedule
+from unlearnlib.book.build import main
+from unlearnlib.book.notebooks import is_done, listed_notebooks, plan
+from unlearnlib.book.schedule import run_notebooks
+from unlearnlib.experiment.profiles import PROFILES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHAPTERS = listed_notebooks(ROOT)
 PARAMETERS = 'profile = "quick"\nresults = "results"'
 
 
-def make_root(folder: Path, **sources: list[str]) -> Path:
+def make_root(folder: Path, **codes: list[str]) -> Path:
     """A repository in miniature: notebooks of the given code cells, after one of parameters."""
     (folder / "notebooks").mkdir()
-    for name, cells in sources.items():
+    for name, cells in codes.items():
         first = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
         notebook = new_notebook(cells=[first, *map(new_code_cell, cells)])
         notebook.metadata["kernelspec"] = {
@@ -41,7 +44,7 @@ def make_root(folder: Path, **sources: list[str]) -> Path:
             "display_name": "Python 3",
         }
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
-    chapters = [{"file": f"notebooks/{name}"} for name in sources]
+    chapters = [{"file": f"notebooks/{name}"} for name in codes]
     toc = {"format": "jb-book", "root": "book/index", "parts": [{"caption": "Part I", "chapters": chapters}]}
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
     (folder / "_config.yml").write_text(
@@ -87,9 +90,7 @@ def test_executed_notebooks_name_no_folder_of_this_machine(book_site):
 
 
 def test_profiles_are_those_of_the_library():
-    from unlearnlib.experiment.profiles import PROFILES
-
-    assert notebooks.MEMORY.keys() == PROFILES.keys()
+    assert set(notebooks.PROFILES) == PROFILES.keys() == schedule.MEMORY.keys() == schedule.LIMIT_SECONDS.keys()
 
 
 # The runner
@@ -115,16 +116,13 @@ def test_what_makes_a_notebook_run_again(tmp_path):
         assert not is_done(job)
     run_notebooks(root, "quick")
     assert is_done(job)
-    for changed in ("unlearnlib/new.py", "requirements.txt", "book/results/table.csv"):
-        (root / changed).parent.mkdir(parents=True, exist_ok=True)
-        (root / changed).write_text("changed")
-        [changed_job] = plan(root, "quick")
-        assert not is_done(changed_job)
-        assert changed_job.key != job.key
-        (root / changed).unlink()
-    edited = nbformat.read(job.source, as_version=4)
+    (root / "requirements.txt").write_text("changed")
+    assert not is_done(plan(root, "quick")[0])
+    (root / "requirements.txt").unlink()
+    assert is_done(plan(root, "quick")[0])
+    edited = nbformat.read(job.notebook, as_version=4)
     edited.cells.append(new_code_cell("2 + 2"))
-    nbformat.write(edited, job.source)
+    nbformat.write(edited, job.notebook)
     assert not is_done(plan(root, "quick")[0])
 
 
@@ -170,25 +168,42 @@ def test_the_reason_of_a_failure_is_shown_wherever_the_title_is(tmp_path):
         nbformat.v4.new_markdown_cell, ["Before the title.", "# A title\n\nThe prose.", "# Another"]
     )
     nbformat.write(source, root / "notebooks" / "late.ipynb")
-    late, none = (notebooks.failed_page(job, "too hot") for job in plan(root, "quick"))
+    late, none = (pages.failed_page(job, "too hot") for job in plan(root, "quick"))
     assert [cell.source for cell in late.cells if "too hot" in cell.source] == [
-        "# A title" + notebooks.FAILED.format("too hot") + "\n\nThe prose."
+        "# A title" + pages.FAILED.format("too hot") + "\n\nThe prose."
     ]
-    assert none.cells[0].source == "# none" + notebooks.FAILED.format("too hot")
+    assert none.cells[0].source == "# none" + pages.FAILED.format("too hot")
 
 
 def test_a_reason_cannot_end_the_box_it_is_in(tmp_path):
     [job] = plan(make_root(tmp_path, a=["1 / 0"]), "quick")
-    page = notebooks.failed_page(job, "too hot\n:::\n ~~~~\nby far").cells[0].source
+    page = pages.failed_page(job, "too hot\n:::\n ~~~~\nby far").cells[0].source
     tokens = create_md_parser(MdParserConfig(enable_extensions={"colon_fence"}), SphinxRenderer).parse(page)
     [box] = [token for token in tokens if token.type == "colon_fence"]
     assert "too hot\n    :::\n    ~~~~\nby far\n~~~~\n" in box.content
     assert 'read "(not computed)"' in box.content
 
 
+@pytest.mark.parametrize(
+    ("gib", "cores", "profile", "number"),
+    [
+        (24, 2, "cpu", 2),
+        (24, 64, "cpu", 2),
+        (16, 2, "cpu", 1),
+        (8, 2, "quick", 1),
+        (64, 4, "quick", 4),
+        (512, 8, "gpu", 1),
+    ],
+)
+def test_as_many_notebooks_run_at_a_time_as_the_machine_allows(monkeypatch, gib, cores, profile, number):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=gib * 2**30))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert schedule.notebooks_at_once(profile) == number
+
+
 def test_a_notebook_named_twice_runs_once(tmp_path):
     root = make_root(tmp_path, a=["1"])
-    assert [job.source.stem for job in plan(root, "quick", ["a", "a"])] == ["a"]
+    assert [job.name for job in plan(root, "quick", ["a", "a"])] == ["a"]
 
 
 def test_processes_that_end_while_they_are_stopped_are_no_obstacle(tmp_path, monkeypatch):
@@ -198,14 +213,14 @@ def test_processes_that_end_while_they_are_stopped_are_no_obstacle(tmp_path, mon
 
     children = psutil.Process.children
     monkeypatch.setattr(psutil.Process, "children", lambda *a, **k: [Gone(), *children(*a, **k)])
-    monkeypatch.setitem(notebooks.LIMIT_SECONDS, "quick", 5.0)
+    monkeypatch.setitem(schedule.LIMIT_SECONDS, "quick", 5.0)
     root = make_root(tmp_path, slow=["import time\ntime.sleep(600)"])
     assert "stopped after 0 minutes" in run_notebooks(root, "quick")["slow"]
 
 
 def test_a_notebook_that_hangs_is_stopped(tmp_path, monkeypatch):
     root = make_root(tmp_path, slow=["# waits\nimport time\ntime.sleep(600)"])
-    monkeypatch.setitem(notebooks.LIMIT_SECONDS, "quick", 15.0)
+    monkeypatch.setitem(schedule.LIMIT_SECONDS, "quick", 15.0)
     failures = run_notebooks(root, "quick")
     assert "stopped after 0 minutes" in failures["slow"]
 
@@ -217,19 +232,19 @@ def test_a_dead_kernel_is_a_failure_of_its_cell(tmp_path):
     assert "Kernel died" in failure
 
 
-def test_progress_names_the_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "PROGRESS_SECONDS", 0.5)
+def test_progress_names_the_cell(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "PROGRESS_SECONDS", 0.5)
     root = make_root(tmp_path, slow=["import time\ntime.sleep(3)"])
-    said: list[str] = []
-    run_notebooks(root, "quick", say=said.append)
-    assert any(line.startswith("slow: at cell 2 (import time)") for line in said)
+    run_notebooks(root, "quick")
+    assert "\nslow: at cell 2 (import time)" in capsys.readouterr().out
 
 
-def test_what_the_terminal_has_no_letters_for_is_said_all_the_same(monkeypatch):
+def test_what_the_terminal_has_no_letters_for_is_said_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_root(tmp_path, λ=["1"]))
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    _say("a: at cell 2 (# λ)")
-    assert terminal.buffer.getvalue() == b"a: at cell 2 (# \\u03bb)\n"
+    assert main(["--only", "λ"]) == 0
+    assert b"\n\\u03bb: started\n" in terminal.buffer.getvalue()
 
 
 def test_unknown_names_are_errors(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from unlearnlib import losses
 from unlearnlib.measures import exposure
 from unlearnlib.models import loading, training
 from unlearnlib.texts import planting, sequences
@@ -104,15 +105,16 @@ def slow_loss(model, tokenizer, prefix, text):
 
 
 @pytest.mark.parametrize("prefix", ["The number of Ann is ", "The number of Ann is", "</s>", "Ann:\n"])
-def test_losses_against_one_token_at_a_time(tokenizer, prefix):
+def test_losses_against_one_token_at_a_time(tokenizer, prefix, monkeypatch):
     model = new_model(tokenizer)
     texts = ["7919-31", "0000-00", "qq, Z 12", "1", "is 12"]
     if not prefix[-1].isspace() and prefix != "</s>":
         texts = [" " + text for text in texts]
     assert len({len(tokenizer(prefix + text)["input_ids"]) for text in texts}) > 2
     expected = [slow_loss(model, tokenizer, prefix, text) for text in texts]
-    for batch_size in (1, 64):
-        found = exposure.text_losses(model, tokenizer, prefix, texts, batch_size)
+    for most in (1, 64):
+        monkeypatch.setattr(losses, "MOST_SEQUENCES", most)
+        found = exposure.text_losses(model, tokenizer, prefix, texts)
         assert found.dtype == torch.float64
         assert found.tolist() == pytest.approx(expected, rel=1e-9)
 

@@ -14,9 +14,9 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from unlearnlib.book.build import repository
+from unlearnlib.book.pages import repository
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MATHJAX = ROOT / "book" / "_static" / "mathjax"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FETCHED = (

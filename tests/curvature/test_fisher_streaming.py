@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlearnlib import weights
+from unlearnlib import losses, weights
 from unlearnlib.curvature import fisher_streaming
 from unlearnlib.curvature.fisher import FisherDual, sequence_gradients
 from unlearnlib.curvature.fisher_streaming import StreamingFisher
@@ -37,13 +37,18 @@ def gram(fisher):
     return fisher.vectors @ (M * fisher.eigenvalues).diag() @ fisher.vectors.T
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(losses, "MOST_SEQUENCES", 3)
+
+
 def check(model, sequences=None, budget=SMALL_BUDGET):
     """The m × m matrix, and products with a vector known beforehand or not, against explicit gradients."""
     sequences = random_sequences(M) if sequences is None else sequences
     gradients, v = explicit_gradients(model, sequences), random_direction(model)
     expected = gradients.T @ (gradients @ weights.flatten(v)) / M
     for known in (None, v):
-        fisher = StreamingFisher(model, sequences, budget, known, batch_size=3)
+        fisher = StreamingFisher(model, sequences, budget, known)
         torch.testing.assert_close(gram(fisher), gradients @ gradients.T, rtol=1e-10, atol=1e-10)
         # Llama's norm rounds to float32, whatever we ask for.
         tolerance = (1e-6 if model.config.model_type == "llama" else 1e-10) * expected.abs().max().item()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 
+from unlearnlib import losses
 from unlearnlib.measures import extraction
 from unlearnlib.models import loading, training
 
@@ -55,7 +56,7 @@ def test_overlap_by_hand():
     assert extraction.overlap(torch.tensor([9, 2, 3, 1]), truth, 3) == 1 / 2
 
 
-def test_extraction_likelihood_by_hand():
+def test_extraction_likelihood_by_hand(monkeypatch):
     """The model counts on from the last token of its prompt; the text counts, but for one jump."""
     model = model_that_counts(tiny_model())
     text = torch.tensor([[10, 11, 12, 13, 30, 31, 32]])
@@ -68,8 +69,9 @@ def test_extraction_likelihood_by_hand():
     assert extraction.extraction_likelihood(model, counting, n=3, stride=1) == 1
     both = torch.cat([text, counting])
     expected = (sum(shares) / 5 + 1) / 2
-    for batch_size in (1, 64):
-        found = extraction.extraction_likelihood(model, both, n=2, stride=1, batch_size=batch_size)
+    for most in (1, 64):
+        monkeypatch.setattr(losses, "MOST_SEQUENCES", most)
+        found = extraction.extraction_likelihood(model, both, n=2, stride=1)
         assert found == pytest.approx(expected)
 
 

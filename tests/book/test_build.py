@@ -5,13 +5,13 @@ import subprocess
 import pytest
 
 from unlearnlib.book import build
-from unlearnlib.book.build import repository, with_repository
+from unlearnlib.book.pages import repository, with_repository
 
 
 @pytest.mark.parametrize("profile", ["cpu", "quick"])
 def test_results_unlike_the_reference_fail_the_build_once_the_pages_are_made(tmp_path, monkeypatch, profile):
     made = []
-    monkeypatch.setattr(build, "run_notebooks", lambda *_, **__: {})
+    monkeypatch.setattr(build, "run_notebooks", lambda *_: {})
     monkeypatch.setattr(build, "render", lambda *_: made.append(1) or tmp_path / "index.html")
     monkeypatch.setattr(build, "disagreements", lambda folder: ["`one`: 8 of 10 means ..."])
     if profile == "quick":

@@ -218,7 +218,7 @@ def target_above(model, nats):
 
 def test_steps_along_one_direction_are_one_step(model):
     target = target_above(model, 0.3)
-    match = fisher_updates.remove_in_steps(model, FORGET, target, CURVATURES["dual"], DAMPING, 3, refresh=False)
+    match = fisher_updates.RemovalInSteps(model, FORGET, CURVATURES["dual"], DAMPING, 3, refresh=False).to(target)
     assert match.reached
     moved = row_of(weights.snapshot(model)) - row_of(START)
     delta = gradient_at(row_of(START), FORGET)
@@ -242,7 +242,9 @@ def test_every_step_gets_its_part_of_the_way(settings, model):
         seen.append(mean_loss(model, FORGET))
         return CURVATURES["kfac"](model)
 
-    match = fisher_updates.remove_in_steps(model, FORGET, start + 0.4, build, DAMPING, 4, refresh=True, **settings)
+    match = fisher_updates.RemovalInSteps(model, FORGET, build, DAMPING, 4, refresh=True, **settings).to(
+        start + 0.4
+    )
     assert match.reached
     assert match.loss == mean_loss(model, FORGET)  # the model is where the match says
     for value, expected in zip([*seen, match.loss], (0, 0.1, 0.2, 0.3, 0.4), strict=True):
@@ -257,7 +259,7 @@ def test_curvature_is_built_once_without_refresh(model):
         built.append(CURVATURES["diagonal"](model))
         return built[-1]
 
-    fisher_updates.remove_in_steps(model, FORGET, target_above(model, 0.3), build, DAMPING, 3, refresh=False)
+    fisher_updates.RemovalInSteps(model, FORGET, build, DAMPING, 3, refresh=False).to(target_above(model, 0.3))
     assert len(built) == 1
 
 
@@ -279,7 +281,7 @@ def test_steps_follow_the_path_of_the_retained_optimum():
     errors = []
     for steps in (1, 2, 4):
         weights.set_weights(model, start)
-        assert fisher_updates.remove_in_steps(model, FORGET, target, build, 1e-9, steps, refresh=True).reached
+        assert fisher_updates.RemovalInSteps(model, FORGET, build, 1e-9, steps, refresh=True).to(target).reached
         change = gradient_at(row_of(weights.snapshot(model)), RETAIN, model) - before
         alpha = change @ delta / (delta @ delta)
         errors.append(((change - alpha * delta).norm() / change.norm()).item())
@@ -299,7 +301,7 @@ def test_a_held_step_does_not_raise_the_retain_loss_to_first_order(model):
             return CURVATURES["kfac"](model)
 
         target = target_above(restart(model), 0.6)
-        fisher_updates.remove_in_steps(model, FORGET, target, build, DAMPING, 2, refresh=True, hold=hold)
+        fisher_updates.RemovalInSteps(model, FORGET, build, DAMPING, 2, refresh=True, hold=hold).to(target)
         found.append(row_of(weights.snapshot(model)))
 
     run(None)
@@ -324,7 +326,7 @@ def test_renewed_gradients_are_those_of_the_place(model):
     for renew in (False, True):
         places.clear()
         target = target_above(restart(model), 0.2)
-        fisher_updates.remove_in_steps(model, FORGET, target, build, 1.0, 2, refresh=False, renew=renew)
+        fisher_updates.RemovalInSteps(model, FORGET, build, 1.0, 2, refresh=False, renew=renew).to(target)
         for place, delta in places:
             expected = gradient_at(place if renew else row_of(START), FORGET)
             torch.testing.assert_close(delta, expected, rtol=1e-8, atol=1e-12)
@@ -339,7 +341,7 @@ def test_a_step_that_falls_short_is_the_last(model):
         return CURVATURES["diagonal"](model)
 
     start = mean_loss(model, FORGET)
-    match = fisher_updates.remove_in_steps(model, FORGET, start - 1, build, DAMPING, 4, refresh=True)
+    match = fisher_updates.RemovalInSteps(model, FORGET, build, DAMPING, 4, refresh=True).to(start - 1)
     assert not match.reached
     assert len(built) == 1
     assert match.loss == mean_loss(model, FORGET) == pytest.approx(start, abs=1e-3)
@@ -361,7 +363,7 @@ def test_bad_settings_are_refused(curvature, model):
         with pytest.raises(ValueError, match=f"scale of the noise must be positive, not {scale}"):
             fisher_updates.noise_kl(curvature, delta, DAMPING, scale, -0.25)
     with pytest.raises(ValueError, match="cannot remove in 0 steps: take at least 1"):
-        fisher_updates.remove_in_steps(model, FORGET, target, lambda _: curvature, DAMPING, 0, refresh=True)
+        fisher_updates.RemovalInSteps(model, FORGET, lambda _: curvature, DAMPING, 0, refresh=True).to(target)
     assert torch.equal(row_of(weights.snapshot(model)), row_of(START))
 
 

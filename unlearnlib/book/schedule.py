@@ -1,0 +1,67 @@
+"""Run the notebooks that are not done, as many at a time as memory allows, and say how far they are."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from unlearnlib.book.execution import Execution
+from unlearnlib.book.notebooks import THREADS, is_done, plan, timetable
+
+# GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 07 takes 18, those
+# beside it no more than 2. A notebook of the gpu profile has the machine to itself.
+MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
+# A notebook that takes so long, several times what it takes on a slow machine, hangs and is stopped; by profile.
+LIMIT_SECONDS = {"quick": 3600.0, "cpu": 8 * 3600.0, "gpu": 24 * 3600.0}
+PROGRESS_SECONDS = 30.0
+
+
+def run_notebooks(root: Path, profile: str, only: Sequence[str] = ()) -> dict[str, str]:
+    """Execute every notebook that is not done; return what failed: by notebook the cell and the exception.
+
+    A failure does not stop the other notebooks. An interruption stops everything started here. Ends with a table
+    of the minutes that each notebook took, now or when it was run.
+    Raises ValueError and FileNotFoundError as :func:`unlearnlib.book.notebooks.plan` does.
+    """
+    jobs = plan(root, profile, only)
+    waiting = deque(job for job in jobs if not is_done(job))
+    at_once = notebooks_at_once(profile)
+    print(f"{len(jobs)} notebooks at profile {profile}: {len(waiting)} to run, {at_once} at a time")
+    for folder in ("logs", "notebooks", "results"):
+        (root / "_build" / profile / folder).mkdir(parents=True, exist_ok=True)
+    running: list[Execution] = []
+    failures: dict[str, str] = {}
+    last_progress = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                print(f"{waiting[0].name}: started")
+                running.append(Execution(waiting.popleft()))
+            time.sleep(0.1)
+            for execution in running:
+                if execution.seconds > LIMIT_SECONDS[profile]:
+                    execution.stop(f"stopped after {execution.seconds / 60:.0f} minutes, {execution.progress()}")
+            for execution in [execution for execution in running if execution.ended]:
+                name, seconds, failure = execution.job.name, execution.seconds, execution.finish()
+                running.remove(execution)
+                print(f"{name}: {'FAILED after' if failure else 'done in'} {seconds:.0f} s")
+                if failure:
+                    failures[name] = failure
+            if time.monotonic() - last_progress > PROGRESS_SECONDS:
+                last_progress = time.monotonic()
+                for execution in running:
+                    print(f"{execution.job.name}: {execution.progress()}, {execution.seconds:.0f} s")
+    finally:
+        for execution in running:
+            execution.stop()
+    print(timetable(jobs))
+    return failures
+
+
+def notebooks_at_once(profile: str) -> int:
+    """How many notebooks the processors and the memory of this machine allow at a time."""
+    memory = psutil.virtual_memory().total / 2**30
+    return max(1, min((os.cpu_count() or 1) // THREADS, int(memory / MEMORY[profile])))
