@@ -18,6 +18,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
         "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
     },
+    "kronecker": {
+        "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
+        "cpu": {"seeds": 5, "second_seeds": 5, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
+    },
     "fisher_updates": {
         "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
         "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
