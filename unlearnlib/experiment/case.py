@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,13 +89,9 @@ def make_cases(profile: Profile) -> list[Case]:
     """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
 
     The second retrained model, which few chapters need, is trained when it is asked for.
-    The tokenizer is trained once, on the whole corpus, so that all models of a corpus speak one vocabulary.
     """
     corpus = load_corpus(profile.corpus)
-    if profile.vocabulary is None:
-        tokenizer = load_tokenizer(profile.model)
-    else:
-        tokenizer = train_tokenizer(corpus["text"], profile.vocabulary)
+    tokenizer = make_tokenizer(profile, corpus)
     cases = []
     for seed in profile.seeds:
         splits = make_splits(
@@ -110,6 +107,16 @@ def make_cases(profile: Profile) -> list[Case]:
     runs = [case.runs() for case in cases]
     train_missing([found[name] for found in runs for name in ("original", "retrained")])
     return cases
+
+
+def make_tokenizer(profile: Profile, corpus: datasets.Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer of the profile's model, or one of its ``vocabulary`` trained on the texts of ``corpus``.
+
+    It is trained on the whole corpus, so that all models of a corpus speak one vocabulary.
+    """
+    if profile.vocabulary is None:
+        return load_tokenizer(profile.model)
+    return train_tokenizer(corpus["text"], profile.vocabulary)
 
 
 def model_name(profile: Profile) -> str:

@@ -10,6 +10,18 @@ from typing import Any
 
 from unlearnlib.experiment.profiles import Profile, get_profile
 
+# The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
+DAMPINGS = {
+    "fisher_recursion": (1e-6, 1e-5, 1e-4),
+    "fisher_dual": (1e-4, 1e-3, 1e-2),
+    "fisher_diagonal": (1e-7, 1e-6, 1e-5),
+    "kfac": (1e-6, 1e-5, 1e-4, 1e-3),
+}
+ADAM = {
+    "gradient_difference": (1e-4, 4e-4),
+    "npo": ((1e-4, 0.01), (4e-4, 0.01), (1e-4, 0.1), (4e-4, 0.1)),
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
@@ -27,6 +39,45 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
         "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
         "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+    },
+    "four_datasets": {
+        "quick": {
+            "corpora": "reuters,tales,socialiqa,maths",
+            "seeds": 1,
+            "forget": 32,
+            "retain": 256,
+            "holdout": 96,
+            "relearning_steps": 10,
+            "m": 192,
+            "m_recursion": 192,
+            "block_size": 64,
+            "grids": DAMPINGS | {"gradient_difference": (4e-4,), "npo": ((4e-4, 0.1),)},
+            "shares": (1.0,),
+            "requests": (1, 32),
+        },
+        "cpu": {
+            "corpora": "reuters,tales,socialiqa,maths",
+            "seeds": 5,
+            "m": 512,
+            "m_recursion": 256,
+            "block_size": 64,
+            "grids": DAMPINGS | ADAM,
+            "shares": (0.5, 1.0),
+            "requests": (1, 8, 32, 128),
+        },
+        "gpu": {
+            "corpora": "lambada,piqa,mathqa,arc_easy",
+            "seeds": 3,
+            "length": 64,
+            "retain": 640,
+            "holdout": 192,
+            "m": 32,
+            "m_recursion": 16,
+            "block_size": 16,
+            "grids": DAMPINGS | ADAM,
+            "shares": (0.5, 1.0),
+            "requests": (1, 8, 32, 128),
+        },
     },
     "repeated_requests": {
         "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
