@@ -51,10 +51,41 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
         "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
     },
+    "kronecker": {
+        "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
+        "cpu": {"seeds": 5, "second_seeds": 5, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
+    },
     "fisher_updates": {
         "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
         "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
         "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+    },
+    "cost": {
+        "quick": {
+            "seeds": 1,
+            "sizes": ((32, 2), (48, 2), (64, 3), (80, 4), (96, 4)),
+            "sequences": 8,
+            "size": (32, 2),
+            "numbers": (4, 8, 16, 32, 64),
+            "more": (128, 256),
+        },
+        "cpu": {
+            "seeds": 1,
+            "sizes": ((64, 2), (96, 3), (128, 4), (192, 4), (256, 5), (320, 7)),
+            "sequences": 8,
+            "size": (64, 4),
+            "numbers": (8, 16, 32, 64, 128),
+            "more": (256,),
+        },
+        "gpu": {
+            "seeds": 1,
+            "sizes": ((256, 4), (384, 6), (512, 8), (768, 12), (1024, 16)),
+            "sequences": 32,
+            "size": (256, 4),
+            "numbers": (16, 32, 64, 128, 256),
+            "more": (512,),
+        },
     },
     "four_datasets": {
         "quick": {
