@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import VOCABULARY, random_sequences, tiny_model
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from unlearnlib import weights
 from unlearnlib.experiment import case, profiles, repeated_requests
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods import matching
+from unlearnlib.methods import forgetting_noise, matching
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
 from unlearnlib.texts.sequences import Splits
@@ -142,13 +143,19 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     assert series.targets == pytest.approx([loss(retrained, s).item() for s in series.sets], rel=1e-5)
     model, seen = case.original(), []
 
-    def step(model, forget, target, request):
-        seen.append((loss(model, forget).item() - target, request))
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.1)
-        return matching.Match(0.25 * request, math.nan, request == 2, 1)
+    class Louder:
+        """A path that makes the logits larger, whatever the target is."""
 
-    assert [match.strength for match in series.follow("kfac", model, step)] == [0.25, 0.5, 0.75]
+        def __init__(self, model, forget, request):
+            self.model, self.forget, self.request = model, forget, request
+
+        def to(self, target):
+            seen.append((loss(self.model, self.forget).item() - target, self.request))
+            with torch.no_grad():
+                self.model.lm_head.weight.mul_(1.1)
+            return matching.Match(0.25 * self.request, math.nan, self.request == 2, 1)
+
+    assert [match.strength for match in series.follow("kfac", model, Louder)] == [0.25, 0.5, 0.75]
     table = {(r["metric"], r["request"]): r["value"] for r in series.rows}
     assert {(r["method"], r["seed"], r["corpus"], r["model"]) for r in series.rows} == {
         ("kfac", 3, "tales", "opt-16x1")
@@ -191,9 +198,50 @@ MEASURED = {"reached": [1, 2, 3, 4], "holdout_loss": [2, 4]}
 def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
     series = repeated_requests.Series(make_case(), number=4, size=1, every=2)
-    series.follow("kfac", series.case.original(), lambda *_: matching.Match(1.0, 2.0, True, 1))
+    series.follow("kfac", series.case.original(), repeated_requests.ascent_step)
     noted = {metric: [r["request"] for r in series.rows if r["metric"] == metric] for metric in MEASURED}
     assert noted == MEASURED
+    assert series.trails == {}
+
+
+def test_a_trail_holds_the_weights_before_the_first_request_and_after_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
+    series = repeated_requests.Series(make_case(), number=2, size=2)
+    model = series.case.original()
+    before = weights.snapshot(model)
+    matches = series.follow("gradient_ascent", model, repeated_requests.ascent_step, trail=True)
+    [first, second, third] = series.trails["gradient_ascent"]
+    torch.testing.assert_close(first, before, rtol=0, atol=0)
+    torch.testing.assert_close(third, weights.snapshot(model), rtol=0, atol=0)
+    weights.set_weights(model, second)
+    assert loss(model, series.sets[0]).item() == pytest.approx(matches[0].loss, abs=1e-5)
+
+
+def test_references_are_measured_as_often_as_the_methods(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
+    series = repeated_requests.Series(make_case(), number=4, size=1, every=2)
+    series.reference()
+    of_holdout = {(r["method"], r["request"]): r["value"] for r in series.rows if r["metric"] == "holdout_loss"}
+    assert of_holdout.keys() == {("original", 0), ("retrained", 2), ("retrained", 4)}
+    holdout = series.case.splits.holdout
+    assert of_holdout["original", 0] == pytest.approx(loss(series.case.original(), holdout).item(), rel=1e-5)
+    assert of_holdout["retrained", 4] == pytest.approx(loss(series.retrained, holdout).item(), rel=1e-5)
+    p, q = (
+        m(input_ids=holdout).logits[:, :-1].log_softmax(2)
+        for m in (series.case.retrained(), series.case.retrained_again())
+    )
+    assert series.floor == pytest.approx((p.exp() * (p - q)).sum(2).mean().item(), rel=1e-4)
+
+
+def test_a_method_breaks_down_at_the_first_set_that_was_forgotten_before_it_was_asked_for():
+    excesses = {("a", 0): [-1, 0.02, 0.3], ("a", 1): [0.005, -1, 0.02], ("b", 0): [-1, 0.009, -1]}
+    table = pd.DataFrame(
+        {"method": method, "seed": seed, "metric": "before_excess", "request": request, "value": value}
+        for (method, seed), values in excesses.items()
+        for request, value in enumerate(values, start=1)
+    )
+    other = table.assign(metric="forget_excess", value=1.0, method="b")
+    assert repeated_requests.broken_down(pd.concat([table, other])).to_dict() == {("a", 0): 2, ("a", 1): 3}
 
 
 # The steps
@@ -201,7 +249,7 @@ def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, m
 
 def test_ascent_moves_along_the_gradient_to_the_target(model):
     start, along, target = row(model), trained_gradient(model, FORGET), target_above(model)
-    match = repeated_requests.ascent_step(model, FORGET, target, 1)
+    match = repeated_requests.ascent_step(model, FORGET, 1).to(target)
     assert match.reached
     assert loss(model, FORGET).item() == pytest.approx(target, abs=matching.TOLERANCE)
     torch.testing.assert_close(row(model) - start, match.strength * along, rtol=1e-6, atol=1e-10)
@@ -217,7 +265,7 @@ def test_a_set_that_is_forgotten_already_is_left_alone(model, curvature, above):
         "noise": repeated_requests.noise_step(curvature, DAMPING, seed=0),
     }
     for name, step in steps.items():
-        match = step(model, FORGET, target, 1)
+        match = step(model, FORGET, 1).to(target)
         assert match.strength == 0, name
         assert match.reached == (above == 0), name
         assert torch.equal(row(model), start), name
@@ -227,7 +275,7 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model):
     target = target_above(model)
     twin = small_model()
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
-    match = repeated_requests.difference_step(KEPT, 1e-3, 100, seed=0)(model, FORGET, target, 1)
+    match = repeated_requests.difference_step(KEPT, 1e-3, 100, seed=0)(model, FORGET, 1).to(target)
     assert match.reached
     assert match.strength > 1
     for _ in range(math.ceil(match.strength)):  # all of FORGET and all of KEPT are one batch each
@@ -242,9 +290,8 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model):
 def test_a_step_of_fisher_removal_is_the_solution_with_the_explicit_matrix(model, curvature):
     start, delta = row(model), trained_gradient(model, FORGET)
     expected = torch.linalg.solve(curvature.matrix + DAMPING * torch.eye(len(start), dtype=start.dtype), delta)
-    match = repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True)(
-        model, FORGET, target_above(model), 1
-    )
+    path = repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True)(model, FORGET, 1)
+    match = path.to(target_above(model))
     assert match.reached
     torch.testing.assert_close(row(model) - start, match.strength * expected, rtol=1e-6, atol=1e-9)
 
@@ -261,7 +308,7 @@ def test_curvature_is_built_once_or_at_the_weights_of_each_request(model, curvat
         before = []
         for request in (1, 2, 3):
             before.append(row(model))
-            step(model, FORGET, target_above(model), request)
+            step(model, FORGET, request).to(target_above(model))
         assert len(at) == expected
         assert all(torch.equal(a, b) for a, b in zip(at, before, strict=False))
         assert not torch.equal(before[0], before[2])
@@ -278,7 +325,7 @@ def test_noise_costs_what_was_allowed_to_second_order(model, curvature):
         step = repeated_requests.fisher_step(
             lambda model: curvature, DAMPING, refresh=False, noise=allowed, seed=seed
         )
-        step(model, FORGET, target, request)
+        step(model, FORGET, request).to(target)
         moves.append(row(model) - start)
     for move in moves:
         assert (move @ curvature.matrix @ move / 2).item() == pytest.approx(allowed, rel=1e-6)
@@ -301,10 +348,7 @@ def test_the_damage_of_noise_adds_up_like_a_random_walk(curvature):
     sigma = (vectors * values**-0.5) @ vectors.T
     damages = []
     for seed in range(60):
-        walk = sum(
-            weights.flatten(repeated_requests.forgetting_noise(curvature, like, DAMPING, 100 * seed + k))
-            for k in range(4)
-        )
+        walk = sum(weights.flatten(forgetting_noise(curvature, like, DAMPING, 100 * seed + k)) for k in range(4))
         damages.append((walk @ curvature.matrix @ walk / 2).item())
     expected = 4 * torch.trace(curvature.matrix @ sigma).item() / 2
     assert np.mean(damages) == pytest.approx(expected, abs=4 * np.std(damages) / math.sqrt(len(damages)))
@@ -319,8 +363,8 @@ def test_no_length_of_noise_does_damage_where_there_is_no_curvature(model):
 
 def test_noise_alone_moves_along_its_own_direction(model, curvature):
     start, target = row(model), target_above(model)
-    match = repeated_requests.noise_step(curvature, DAMPING, seed=2)(model, FORGET, target, 5)
-    noise = repeated_requests.forgetting_noise(curvature, weights.snapshot(model), DAMPING, seed=2005)
+    match = repeated_requests.noise_step(curvature, DAMPING, seed=2)(model, FORGET, 5).to(target)
+    noise = forgetting_noise(curvature, weights.snapshot(model), DAMPING, seed=2005)
     assert match.reached
     torch.testing.assert_close(row(model) - start, match.strength * weights.flatten(noise), rtol=1e-6, atol=1e-9)
 
@@ -331,8 +375,8 @@ def test_all_at_once_starts_from_the_original_weights_each_time(curvature):
     start = row(original)
     target = {1: target_above(original), 2: target_above(original, second)}
     step = repeated_requests.joint_step(original, curvature, DAMPING)
-    step(model, FORGET, target[1], 1)
-    match = step(model, second, target[2], 2)
+    step(model, FORGET, 1).to(target[1])
+    match = step(model, second, 2).to(target[2])
     assert match.reached
     both = torch.cat([FORGET, second])
     assert loss(model, both).item() == pytest.approx((target[1] + target[2]) / 2, abs=matching.TOLERANCE)

@@ -84,6 +84,32 @@ def test_a_table_for_reading_puts_every_number_in_its_place():
     assert results.mean_text([-0.001, -0.001]) == "0.00 [0.00, 0.00]"
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "sign", "text"),
+    [
+        (-0.004, 2, False, "0.00"),
+        (-0.004, 3, True, "-0.004"),
+        (-0.0004, 2, True, "+0.00"),
+        (1.26, 1, True, "+1.3"),
+    ],
+)
+def test_no_number_is_minus_zero(value, digits, sign, text):
+    assert results.number_text(value, digits, sign) == text
+
+
+def test_what_is_above_the_retrained_model_is_paired_by_seed_and_corpus():
+    def rows(method, values, **columns):
+        return table(values, method=method).assign(**columns)
+
+    one = pd.concat([rows("m", [3.0, 5.0]), rows("retrained", [1.0, 2.0])])
+    assert results.above_retrained(one, "loss")["m"].to_dict() == {0: 2.0, 1: 3.0}
+    named = results.above_retrained(one, "loss", by_corpus=True)["m"].to_dict()
+    [corpus] = one["corpus"].unique()
+    assert named == {(corpus, 0): 2.0, (corpus, 1): 3.0}
+    two = pd.concat([one, one.assign(corpus="other", value=one["value"] * 2)])
+    assert results.above_retrained(two, "loss")["m"].to_dict() == named | {("other", 0): 4.0, ("other", 1): 6.0}
+
+
 def test_methods_have_names_for_people():
     assert results.method_label("gradient_ascent:adam") == "gradient ascent (adam)"
     assert results.method_label("kfac:held") == "K-FAC (held)"

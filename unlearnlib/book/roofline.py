@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from unlearnlib.curvature.capture import GRADIENT_BYTES
+from unlearnlib.losses import MOST_LOGITS
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,16 @@ def routes(
 
     ``number`` bytes a weight, an activation and a number of G, in whose format the recursions work as well;
     Kronecker factors and streaming's sums are in float32, factorisations and the dual form's GGᵀ in float64.
-    Passes take ``batch`` sequences at a time, the recursion's blocks have ``block`` weights, streaming has
-    ``budget`` bytes for its chunks, or what one row of a layer's gradients takes. The recursions and the dual form
-    start from the gradients that ``sequence_gradients`` has made, and "kfac:request" from built factors and the
-    gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
+    Passes take ``batch`` sequences at a time, or fewer where those have too many logits; the recursion's blocks
+    have ``block`` weights, streaming has ``budget`` bytes for its chunks, or what one row of a layer's gradients
+    takes.
+    The recursions and the dual form start from the gradients that ``sequence_gradients`` has made, and
+    "kfac:request" from built factors and the gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """
-    d, t, h, batch = shape.d, shape.tokens, shape.width, min(batch, m)
+    d, t, h, trained = shape.d, shape.tokens, shape.width, min(batch, m)
+    batch = max(1, min(trained, MOST_LOGITS // (t * shape.vocabulary)))  # as unlearnlib.losses.batches cuts them
     v, gradients = d * number, m * d * number  # bytes of a vector in weight space, and of G
 
     def passes(forwards: int, sequences: int = m, batch: int = batch) -> Stage:
@@ -176,7 +179,7 @@ def routes(
         kept(14, 6) if m == batch else kept(14, 8) + squares * 4
     )  # the last batch's logits are still there
     factors_bytes = max(pass_bytes, 2 * squares * 4 + 6 * (4 * h) ** 2 * 8) + d * 4
-    one = min(32, forget)  # sequences at a time for Δ
+    one = min(batch, forget)  # sequences at a time for Δ
     chunk = max(budget, m * max(t + table, 4 * h) * 4)  # at least a row of the widest layer of all sequences
 
     return {
@@ -222,6 +225,7 @@ def routes(
             (squares + d) * 4,
         ),
         "retrained:epoch": Route(  # AdamW is a list of operations, which together read or write 20 vectors
-            [passes(3), float32(15 * d * m / batch, 20 * v * m / batch)], kept(12, 3) + 3 * v
+            [passes(3, batch=trained), float32(15 * d * m / trained, 20 * v * m / trained)],
+            kept(12, 3, batch=trained) + 3 * v,
         ),
     }

@@ -1,9 +1,10 @@
 """One repetition of an experiment: the splits of a seed, and the models that belong to them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,17 +85,14 @@ class Case:
         return load_trained(self.runs()["retrained_again"], device)
 
 
-def make_cases(profile: Profile) -> list[Case]:
+def make_cases(profile: Profile, change: Callable[[Case], Case] | None = None) -> list[Case]:
     """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
 
-    The second retrained model, which few chapters need, is trained when it is asked for.
-    The tokenizer is trained once, on the whole corpus, so that all models of a corpus speak one vocabulary.
+    The second retrained model, which few chapters need, is trained when it is asked for. What is trained on are
+    the sequences after ``change``, where it is given.
     """
     corpus = load_corpus(profile.corpus)
-    if profile.vocabulary is None:
-        tokenizer = load_tokenizer(profile.model)
-    else:
-        tokenizer = train_tokenizer(corpus["text"], profile.vocabulary)
+    tokenizer = make_tokenizer(profile, corpus)
     cases = []
     for seed in profile.seeds:
         splits = make_splits(
@@ -106,10 +104,21 @@ def make_cases(profile: Profile) -> list[Case]:
             holdout=profile.holdout,
             seed=seed,
         )
-        cases.append(Case(profile, seed, tokenizer, splits))
+        case = Case(profile, seed, tokenizer, splits)
+        cases.append(change(case) if change else case)
     runs = [case.runs() for case in cases]
     train_missing([found[name] for found in runs for name in ("original", "retrained")])
     return cases
+
+
+def make_tokenizer(profile: Profile, corpus: datasets.Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer of the profile's model, or one of its ``vocabulary`` trained on the texts of ``corpus``.
+
+    It is trained on the whole corpus, so that all models of a corpus speak one vocabulary.
+    """
+    if profile.vocabulary is None:
+        return load_tokenizer(profile.model)
+    return train_tokenizer(corpus["text"], profile.vocabulary)
 
 
 def model_name(profile: Profile) -> str:

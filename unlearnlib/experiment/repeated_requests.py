@@ -6,25 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
-from torch.optim import Adam
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures.evaluation import Reading, mean_kl, membership, read
-from unlearnlib.methods import first_order
+from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Line, Match, Walk
+from unlearnlib.methods.matching import TOLERANCE, Line, Match, Path
 from unlearnlib.models.training import Run, load_trained
-from unlearnlib.weights import Vector, difference, dot, parameters, snapshot
+from unlearnlib.weights import Vector, add, difference, dot, parameters, snapshot
 
-Step = Callable[[PreTrainedModel, Tensor, float, int], Match]
-"""Serves one request in place: of a model, the set to forget [n, tokens], its target in nats and the request's
-number, counted from 1. No step is taken for a set whose loss is at its target already, or above it."""
-
+Step = Callable[[PreTrainedModel, Tensor, int], Path]
+"""How a method serves one request: from the model as it now is, the set to forget [n, tokens] and the request's
+number, counted from 1, the path along which the model then goes, in place, until the set has its target. It does
+not move for a set whose loss is there already, or above."""
 
 PROBED = 64
 """How many sequences at the most the validation loss and the divergence are measured on."""
@@ -32,12 +32,13 @@ PROBED = 64
 
 @dataclass
 class Series:
-    """Requests of equal size to the original model of one case, and a table of what was measured after each.
+    """Requests of equal size to the original model of one case: ``rows`` tell what was measured after each.
 
     The sets are cut from the training sequences in order: first the case's forget sequences, then its first retain
     sequences. A set's target is its loss in the model that is trained without *all* of them. The model is measured
     after every ``every`` requests. Of the validation sequences one half is for choosing settings, and the other,
-    which nothing has read, for measuring what the choice has cost.
+    which nothing has read, for measuring what the choice has cost. ``trails`` are, by method, the weights that a
+    model had at first and after each request, of methods that were followed with ``trail``.
 
     Raises ValueError if the requests would reach into the validation sequences or leave nothing to estimate
     curvature on, or if there are fewer than two validation sequences.
@@ -48,6 +49,7 @@ class Series:
     size: int
     every: int = 1
     rows: list[dict[str, Any]] = field(default_factory=list)
+    trails: dict[str, list[Vector]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         most = len(self.case.splits.forget) + len(self.case.estimation) - 1
@@ -97,21 +99,40 @@ class Series:
         """The loss of each set in the retrained model, in nats."""
         return [mean_loss(self.retrained, forget) for forget in self.sets]
 
-    def follow(self, method: str, model: PreTrainedModel, step: Step) -> list[Match]:
+    @functools.cached_property
+    def floor(self) -> float:
+        """The divergence in nats between two retrained models of different seed, on ``PROBED`` holdout sequences.
+
+        They are those of the case, which have forgotten its own forget sequences.
+        """
+        return mean_kl(self.case.retrained(), self.case.retrained_again(), self.case.splits.holdout[:PROBED])
+
+    def reference(self) -> None:
+        """Measure the original model before the first request, and the retrained model beside all others."""
+        self.measure("original", self.case.original(), 0)
+        for request in range(self.every, self.number + 1, self.every):
+            self.measure("retrained", self.retrained, request)
+
+    def follow(self, method: str, model: PreTrainedModel, step: Step, trail: bool = False) -> list[Match]:
         """Serve all requests with ``step`` on ``model``, in place, and keep what is found.
 
         Noted of every request: ``before_excess``, the loss of its set minus the target before it was served, and
-        ``strength`` and ``reached`` of the match. After every ``every`` requests the model is measured.
+        ``strength`` and ``reached`` of the match. After every ``every`` requests the model is measured. With
+        ``trail`` the weights are kept in ``trails``.
         """
-        matches = []
+        matches, places = [], [snapshot(model)]
         for request, (forget, target) in enumerate(zip(self.sets, self.targets, strict=True), start=1):
             before = mean_loss(model, forget) - target
-            match = step(model, forget, target, request)
-            served = {"before_excess": before, "strength": match.strength, "reached": float(match.reached)}
-            self._keep(method, request, served)
+            match = step(model, forget, request).to(target)
+            noted = {"before_excess": before, "strength": match.strength, "reached": float(match.reached)}
+            self._keep(method, request, noted)
             if request % self.every == 0:
                 self.measure(method, model, request)
+            if trail:
+                places.append(snapshot(model))
             matches.append(match)
+        if trail:
+            self.trails[method] = places
         return matches
 
     def measure(self, method: str, model: PreTrainedModel, request: int) -> dict[str, float]:
@@ -147,18 +168,27 @@ class Series:
         self.rows += [row | {"request": request} for row in self.case.rows(method, values)]
 
 
-def ascent_step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
-    """One step along the gradient of the forget loss, as long as the target wants it."""
-    return Line(model, first_order.ascent_direction(model, forget), forget).to(target)
+def broken_down(table: pd.DataFrame) -> pd.Series:
+    """By method and seed, the first request whose set was forgotten before it was asked for.
+
+    Its loss was above its target by more than the tolerance of matched forgetting. ``table`` has the ``rows`` of
+    some series; a method that this never happened to is left out.
+    """
+    beforehand = table[(table["metric"] == "before_excess") & (table["value"] > TOLERANCE)]
+    return beforehand.groupby(["method", "seed"])["request"].min()
+
+
+def ascent_step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
+    """One step along the gradient of the forget loss."""
+    return Line(model, ascent_direction(model, forget), forget)
 
 
 def difference_step(kept: Tensor, learning_rate: float, most: int, seed: int) -> Step:
-    """Gradient difference with Adam, ``most`` steps a request at the most, stopped at the target."""
+    """Gradient difference with Adam, ``most`` steps a request at the most."""
 
-    def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
-        loss, optimizer = first_order.gradient_difference_loss, Adam(model.parameters(), lr=learning_rate)
-        steps = first_order.descend(model, loss, forget, kept, optimizer, seed=1000 * seed + request)
-        return Walk(model, steps, forget, max_steps=most).to(target)
+    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
+        own_seed = 1000 * seed + request
+        return adam_walk(model, gradient_difference_loss, forget, kept, learning_rate, own_seed, most)
 
     return step
 
@@ -180,31 +210,44 @@ def fisher_step(
     """
     current: list[Curvature] = []
 
-    def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
+    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
         if refresh or not current:
             current[:] = [build(model)]
         [curvature] = current
-        start, delta = snapshot(model), first_order.ascent_direction(model, forget)
+        start, delta = snapshot(model), ascent_direction(model, forget)
         if kept is not None:
-            delta = difference(delta, first_order.ascent_direction(model, kept))
+            delta = difference(delta, ascent_direction(model, kept))
         direction = removal_direction(curvature, delta, damping)
         if noise:
             drawn = forgetting_noise(curvature, start, damping, seed=1000 * seed + request)
-            length = noise_length(curvature, drawn, noise)
-            start = {name: value + length * drawn[name] for name, value in start.items()}
-        return Line(model, direction, forget, start).to(target)
+            start = add(start, drawn, noise_length(curvature, drawn, noise))
+        return Line(model, direction, forget, start)
 
     return step
 
 
 def noise_step(curvature: Curvature, damping: float, seed: int) -> Step:
-    """Noise C^(-1/4) n alone, as long as the target wants it; drawn anew at each request."""
+    """Noise C^(-1/4) n alone, as much as the target wants; drawn anew at each request."""
 
-    def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
+    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
         noise = forgetting_noise(curvature, parameters(model), damping, seed=1000 * seed + request)
-        return Line(model, noise, forget).to(target)
+        return Line(model, noise, forget)
 
     return step
+
+
+class Together(Line):
+    """A line along which several sets are forgotten: it leads to the mean of all ``targets``, in nats.
+
+    Asked for is the target of the last set, which joins them.
+    """
+
+    targets: list[float]
+
+    def to(self, target: float) -> Match:
+        """Put the model where the loss of all sets is the mean of their targets."""
+        self.targets.append(target)
+        return super().to(sum(self.targets) / len(self.targets))
 
 
 def joint_step(original: PreTrainedModel, curvature: Curvature, damping: float) -> Step:
@@ -212,16 +255,18 @@ def joint_step(original: PreTrainedModel, curvature: Curvature, damping: float) 
 
     All sets together are brought to the mean of their targets. They must be equally large, and come in order.
     """
-    start, forgotten, targets = snapshot(original), [], []
+    start = snapshot(original)
+    forgotten: list[Tensor] = []
+    targets: list[float] = []
     total = {name: torch.zeros_like(value) for name, value in start.items()}
 
-    def step(model: PreTrainedModel, forget: Tensor, target: float, request: int) -> Match:
+    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
+        nonlocal total
         forgotten.append(forget)
-        targets.append(target)
-        for name, gradient in first_order.ascent_direction(original, forget).items():
-            total[name] += gradient
-        direction = removal_direction(curvature, total, damping)
-        return Line(model, direction, torch.cat(forgotten), start).to(sum(targets) / len(targets))
+        total = add(total, ascent_direction(original, forget))
+        line = Together(model, removal_direction(curvature, total, damping), torch.cat(forgotten), start)
+        line.targets = targets
+        return line
 
     return step
 

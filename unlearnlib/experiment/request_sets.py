@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearnlib.experiment.case import Case
-from unlearnlib.experiment.profiles import Profile
-from unlearnlib.models.training import Run
+from unlearnlib.experiment.case import Case, make_tokenizer
+from unlearnlib.experiment.profiles import Profile, architectures
+from unlearnlib.models.training import Run, train_missing
+from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import Splits, deal
 
 
 @dataclass(frozen=True)
-class Request(Case):
+class RequestCase(Case):
     """A case whose forget set is one of several groups in the training set of one and the same original model.
 
     ``kind`` is ``random`` or ``clustered``. ``trained_on`` is all that the original saw, in an order that does not
@@ -46,7 +47,7 @@ def make_requests(
     sizes: Sequence[int],
     on_topic: Sequence[bool] | None,
     seed: int,
-) -> list[Request]:
+) -> list[RequestCase]:
     """Deal the documents, shuffled with ``seed``, to a random group of every size, and a clustered one.
 
     Clustered groups take only documents for which ``on_topic`` holds, as many flags as documents, and so do the
@@ -96,5 +97,23 @@ def make_requests(
                 "holdout": holdout[1],
             },
         )
-        requests.append(Request(profile, seed, tokenizer, splits, kind, trained_on, related))
+        requests.append(RequestCase(profile, seed, tokenizer, splits, kind, trained_on, related))
+    return requests
+
+
+def requests_of_sizes(settings: Profile, sizes: Sequence[int], topic: str, seeds: int = 2) -> list[RequestCase]:
+    """Requests to the smallest OPT of ``architectures``, on the corpus of ``settings``, for its first ``seeds``.
+
+    Clustered requests are of documents on ``topic``; a corpus without topics has none. All models that the
+    requests need are trained, as far as they are not cached yet. Raises ValueError as :func:`make_requests`.
+    """
+    corpus, small = load_corpus(settings.corpus), architectures(settings)["OPT"][0]
+    tokenizer = make_tokenizer(small, corpus)
+    on_topic = [name == topic for name in corpus["topic"]] if "topic" in corpus.column_names else None
+    requests = [
+        request
+        for seed in settings.seeds[:seeds]
+        for request in make_requests(small, tokenizer, corpus, sizes, on_topic, seed)
+    ]
+    train_missing([request.runs()[name] for request in requests for name in ("original", "retrained")])
     return requests

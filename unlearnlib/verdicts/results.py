@@ -91,13 +91,16 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     return frame
 
 
-def above_retrained(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+def above_retrained(table: pd.DataFrame, metric: str, by_corpus: bool | None = None) -> pd.DataFrame:
     """A metric minus that of the retrained model, paired: a row a seed, a column a method.
 
-    The rows are of corpus and seed where ``table`` has several corpora. Methods are in order of first appearance.
+    The rows are of corpus and seed where ``by_corpus`` says so, or if it says nothing where ``table`` has several
+    corpora. Methods are in order of first appearance.
     """
-    index = ["corpus", "seed"] if table["corpus"].nunique() > 1 else "seed"
+    if by_corpus is None:
+        by_corpus = table["corpus"].nunique() > 1
     rows = table[table["metric"] == metric]
+    index = ["corpus", "seed"] if by_corpus else "seed"
     values = rows.pivot_table(index=index, columns="method", values="value", sort=False)
     return values.sub(values["retrained"], axis=0)
 
@@ -191,9 +194,13 @@ def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2
     return wide.rename(columns=metrics)
 
 
+def number_text(value: float, digits: int = 2, sign: bool = False) -> str:
+    """Write a number to so many digits, with a plus if it is to have a ``sign``; what rounds to -0.00 is 0.00."""
+    return f"{round(float(value), digits) + 0.0:{'+' * sign}.{digits}f}"
+
+
 def _text(mean: float, low: float, high: float, digits: int) -> str:
-    # Adding zero turns what rounds to -0.00 into 0.00.
-    mean, low, high = (f"{round(float(x), digits) + 0.0:.{digits}f}" for x in (mean, low, high))
+    mean, low, high = (number_text(value, digits) for value in (mean, low, high))
     return mean if low == "nan" else f"{mean} [{low}, {high}]"
 
 
