@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_model
 from scipy import stats
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from unlearnlib import cost, losses
+from unlearnlib import cost, losses, weights
 from unlearnlib.losses import sequence_losses
 
 
@@ -108,6 +109,23 @@ def test_a_plain_pass_is_one_forward_and_one_backward_pass(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         cost.plain_pass(model, sequences)
     assert counter.get_total_flops() == 3 * forward
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_epoch_is_a_plain_pass_in_steps_of_adamw_that_lead_nowhere():
+    model, sequences, steps = tiny_model(), random_sequences(6), []
+    before = weights.snapshot(model)
+    with FlopCounterMode(display=False) as plain:
+        cost.plain_pass(model, sequences)
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: steps.append(type(optimizer)))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            cost.training_epoch(model, sequences, batch_size=4)
+    finally:
+        handle.remove()
+    assert steps == 2 * [torch.optim.AdamW]
+    assert counter.get_total_flops() == plain.get_total_flops()
+    assert weights.norm(weights.difference(weights.snapshot(model), before)) == 0
     assert all(p.grad is None for p in model.parameters())
 
 

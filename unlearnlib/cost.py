@@ -154,6 +154,19 @@ def plain_pass(model: PreTrainedModel, sequences: Tensor) -> None:
         torch.autograd.grad(sequence_losses(model, batch).sum(), live)
 
 
+def training_epoch(model: PreTrainedModel, sequences: Tensor, batch_size: int = 32) -> None:
+    """AdamW once over ``sequences`` [m, tokens], at a learning rate of 0: it works as hard, and goes nowhere.
+
+    A step takes ``batch_size`` sequences. The gradients are freed at the end.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for batch in sequences.split(batch_size):
+        optimizer.zero_grad()
+        sequence_losses(model, batch).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 @dataclass(frozen=True)
 class PowerLaw:
     """y = ``scale`` · x^``exponent``, with the ends ``low`` and ``high`` of the exponent's 95 % interval."""

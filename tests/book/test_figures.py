@@ -1,6 +1,7 @@
 import inspect
 
 import pytest
+from matplotlib.figure import Figure
 
 from unlearnlib.book import figures
 from unlearnlib.methods import matching
@@ -17,3 +18,12 @@ def test_variants_share_the_style_of_their_method_and_unknown_methods_are_refuse
     assert figures.method_style("gradient_ascent:sgd") != figures.method_style("gradient_ascent")
     with pytest.raises(KeyError, match="no_such_method"):
         figures.method_style("no_such_method")
+
+
+def test_numbers_of_a_logarithmic_axis_are_plain_at_one_two_and_five():
+    ax = Figure().add_subplot()
+    ax.set(yscale="log", ylim=(0.015, 0.3))
+    figures.label_decades(ax)
+    texts = {t.get_text() for which in ("major", "minor") for t in ax.yaxis.get_ticklabels(which=which)}
+    assert {"0.02", "0.05", "0.1", "0.2"} <= texts
+    assert not {text for text in texts if text.strip("0.") not in ("", "1", "2", "5")}

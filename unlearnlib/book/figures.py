@@ -9,6 +9,7 @@ import pandas as pd
 from cycler import cycler
 from IPython.display import Markdown
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from unlearnlib.verdicts.results import bootstrap_interval, method_label
@@ -83,6 +84,13 @@ def use_style() -> None:
 def method_style(method: str) -> dict:
     """Keyword arguments of ``plot`` for a method of the results table; its variants share its colour."""
     return METHOD_STYLES.get(method) or METHOD_STYLES[method.partition(":")[0]]
+
+
+def label_decades(ax: Axes) -> None:
+    """Write plain numbers at 1, 2 and 5 of every decade of a logarithmic vertical axis."""
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}")
 
 
 def plot_frontier(ax: Axes, table: pd.DataFrame, methods: Sequence[str]) -> None:

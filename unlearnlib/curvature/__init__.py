@@ -1,5 +1,6 @@
 """The matrix C of second-order methods, by every route that does not form it; all share one protocol."""
 
+from unlearnlib.curvature.blocks import Block
 from unlearnlib.curvature.fisher import (
     FisherDiagonal,
     FisherDual,
@@ -13,9 +14,8 @@ from unlearnlib.curvature.fisher import (
 )
 from unlearnlib.curvature.fisher_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker import (
-    Block,
     Kronecker,
-    diagonal,
+    diagonal_fisher,
     ekfac,
     from_factors,
     kfac,
@@ -49,7 +49,7 @@ __all__ = [
     "StreamingFisher",
     "conjugate_gradients",
     "cost_in_gradients",
-    "diagonal",
+    "diagonal_fisher",
     "effective_rank",
     "ekfac",
     "from_factors",

@@ -1,15 +1,17 @@
 """What each chapter does at each profile: how many seeds and sequences, which grids, what is for large ones only.
 
 An entry that is a field of :class:`unlearnlib.experiment.profiles.Profile` changes the profile for that chapter;
-``seeds`` counts them. The others are the chapter's own, by the names that its cells use.
+``seeds`` counts them, and ``left_out_seeds``, by corpus, are not among them. The others are the chapter's own, by
+the names that its cells use.
 """
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.profiles import Profile, get_profile
-from unlearnlib.models.loading import small_opt
+from unlearnlib.models.loading import small_llama, small_opt
 from unlearnlib.models.training import Training
 
 # The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
@@ -47,6 +49,23 @@ SMALL_CASES = {
     "relearning_rate": 3e-4,
 }
 
+# The model of chapter 10 and its sets are small, because private training is slow.
+PRIVATE = {
+    "model": small_llama(1024, hidden_size=32, layers=2, context=64),
+    "vocabulary": 1024,
+    "training": Training(epochs=10, learning_rate=6e-3),
+    "length": 32,
+    "forget": 64,
+    "retain": 448,
+    "holdout": 256,
+    "dampings": (1e-6, 1e-5, 1e-4, 1e-3),
+    "epsilons": (1, 8, 100, 2000),
+    "rates": (3e-3, 1e-2, 3e-2),
+    "shorter": (1, 2, 3, 5),  # epochs
+    # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
+    "left_out_seeds": {"maths": (4,)},
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
@@ -55,10 +74,41 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
         "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
     },
+    "kronecker": {
+        "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
+        "cpu": {"seeds": 5, "second_seeds": 5, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
+    },
     "fisher_updates": {
         "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
         "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
         "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+    },
+    "cost": {
+        "quick": {
+            "seeds": 1,
+            "sizes": ((32, 2), (48, 2), (64, 3), (80, 4), (96, 4)),
+            "sequences": 8,
+            "size": (32, 2),
+            "numbers": (4, 8, 16, 32, 64),
+            "more": (128, 256),
+        },
+        "cpu": {
+            "seeds": 1,
+            "sizes": ((64, 2), (96, 3), (128, 4), (192, 4), (256, 5), (320, 7)),
+            "sequences": 8,
+            "size": (64, 4),
+            "numbers": (8, 16, 32, 64, 128),
+            "more": (256,),
+        },
+        "gpu": {
+            "seeds": 1,
+            "sizes": ((256, 4), (384, 6), (512, 8), (768, 12), (1024, 16)),
+            "sequences": 32,
+            "size": (256, 4),
+            "numbers": (16, 32, 64, 128, 256),
+            "more": (512,),
+        },
     },
     "four_datasets": {
         "quick": {
@@ -104,6 +154,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": CASE_STUDIES | SMALL_CASES,
         "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
     },
+    "dp_sgd": {
+        "quick": PRIVATE
+        | {"corpora": "reuters", "epsilons": (1, 100, 2000), "rates": (1e-2,), "shorter": (1, 3, 5)},
+        "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
+        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+    },
     "repeated_requests": {
         "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
         "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
@@ -124,9 +180,9 @@ def chapter(
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
     settings = get_profile(profile, corpus, seeds)
     entries = dict(CHAPTERS[name][profile])
-    own_seeds = entries.pop("seeds", None)
-    if own_seeds is not None and seeds is None:
-        settings = dataclasses.replace(settings, seeds=tuple(range(own_seeds)))
+    number = seeds or entries.get("seeds", len(settings.seeds))
+    left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
+    entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
     changes = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlearnlib.curvature.capture import GRADIENT_BYTES, find_layers
-from unlearnlib.curvature.fisher_streaming import least_numbers
+from unlearnlib.curvature.column_pass import least_numbers
 from unlearnlib.models import loading
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material, read_material
