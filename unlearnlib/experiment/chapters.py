@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.profiles import Profile, get_profile
-from unlearnlib.models.loading import small_llama
+from unlearnlib.models.loading import small_llama, small_opt
 from unlearnlib.models.training import Training
 
 # The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
@@ -24,6 +24,29 @@ DAMPINGS = {
 ADAM = {
     "gradient_difference": (1e-4, 4e-4),
     "npo": ((1e-4, 0.01), (4e-4, 0.01), (1e-4, 0.1), (4e-4, 0.1)),
+}
+# Of the case studies. Below the smallest λ of the recursion, single precision has no digits left for it.
+CASE_STUDIES = {
+    "corpus": "posts",
+    "length": 64,
+    "seeds": 5,
+    "candidates": 256,
+    "passage_length": 64,
+    "m_recursion": 128,
+    "block_size": 64,
+    "grids": {
+        "fisher_recursion": (1e-7, 1e-6, 1e-5, 1e-4),
+        "fisher_diagonal": (1e-7, 1e-6, 1e-5, 1e-4),
+        "kfac": (1e-5, 1e-4, 1e-3, 1e-2),
+        "gradient_difference": (4e-4, 1.6e-3),
+        "npo": ((4e-4, 0.01), (1.6e-3, 0.01)),
+    },
+}
+SMALL_CASES = {
+    "model": small_opt(1024, hidden_size=64, layers=2),
+    "training": Training(epochs=12, batch_size=16, learning_rate=4e-3),
+    "relearning_steps": 10,
+    "relearning_rate": 3e-4,
 }
 
 # The model of chapter 10 and its sets are small, because private training is slow.
@@ -125,6 +148,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
+    },
+    "case_studies": {
+        "quick": CASE_STUDIES | SMALL_CASES | {"seeds": 1, "candidates": 128},
+        "cpu": CASE_STUDIES | SMALL_CASES,
+        "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
     },
     "dp_sgd": {
         "quick": PRIVATE
