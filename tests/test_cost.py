@@ -1,5 +1,6 @@
 import gc
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,12 @@ def test_an_error_of_the_function_comes_through_and_leaves_no_trace():
         cost.measure(lambda: 1 / 0, "cpu")
     assert gc.isenabled()
     assert peak(lambda: torch.ones(1000)) == 4_000
+
+
+def test_a_process_of_its_own_gives_results_and_errors_back():
+    assert cost.in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        cost.in_own_process(divmod, 1, 0)
 
 
 def test_a_plain_pass_is_one_forward_and_one_backward_pass(monkeypatch):
