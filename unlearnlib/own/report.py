@@ -20,9 +20,9 @@ CANDIDATES = 511
 
 HEADINGS = {
     "forget_loss": "loss on forget (nats)",
-    "validation_loss": "loss on the validation part of retain (nats)",
+    "validation_loss": "loss on retain, validation part (nats)",
     "holdout_loss": "loss on holdout (nats)",
-    "validation_accuracy": "next-token accuracy on the validation part of retain",
+    "validation_accuracy": "next-token accuracy on retain, validation part",
     "holdout_accuracy": "next-token accuracy on holdout",
     "membership_auc": "membership, AUC of loss",
     "membership_auc_min_k": "membership, AUC of Min-K%",
