@@ -206,6 +206,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
         "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
     },
+    "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
 }
 
 
