@@ -1,6 +1,8 @@
 import gc
 import itertools
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from unlearnlib import cost, losses, weights
-from unlearnlib.losses import sequence_losses
+from unlearnlib.losses import Passes, counted_passes, mean_loss, sequence_losses
 
 
 def peak(function):
@@ -105,6 +107,78 @@ def test_a_process_of_its_own_gives_results_and_errors_back():
     assert cost.in_own_process(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
         cost.in_own_process(divmod, 1, 0)
+
+
+def test_a_meter_sees_memory_that_comes_and_goes():
+    with cost.Meter("cpu") as meter:
+        held = torch.ones(2**25)
+        time.sleep(0.2)
+        del held
+    assert 0.9 * 2**27 < meter.cost.peak_bytes < 1.5 * 2**27
+    with cost.Meter("cpu") as meter:
+        time.sleep(0.1)
+    assert meter.cost.peak_bytes < 2**24
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, "process_time"), (2, "perf_counter")])
+def test_a_meter_reads_the_clock_twice(monkeypatch, threads, clock):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    fake_clock(monkeypatch, clock, 5.0)
+    with cost.Meter("cpu") as meter:
+        pass
+    assert meter.cost.seconds == 5.0
+
+
+def test_passes_are_counted_by_what_they_are_for():
+    model, sequences = tiny_model(), random_sequences(70)  # more than a batch
+    with counted_passes() as passes:
+        mean_loss(model, sequences)
+        assert passes == Passes(forward=70)
+        cost.plain_pass(model, sequences[:6])
+        sequence_losses(model, sequences[:2])
+    assert passes == Passes(forward=70, differentiated=8)
+    assert passes.plain == pytest.approx(8 + 70 / 3)
+    mean_loss(model, sequences)
+    assert passes == Passes(forward=70, differentiated=8)
+
+
+def test_a_forward_pass_alone_is_a_third_of_a_plain_one():
+    model, sequences = tiny_model(), random_sequences(6)
+    with cost.Meter("cpu") as meter:
+        mean_loss(model, sequences)
+    assert meter.cost.plain_passes == 2
+    with cost.Meter("cpu") as meter:
+        cost.plain_pass(model, sequences)
+    assert meter.cost.plain_passes == 6
+
+
+def test_a_block_within_a_block_counts_for_both():
+    model, sequences = tiny_model(), random_sequences(6)
+    with cost.Meter("cpu") as outer:
+        with cost.Meter("cpu") as inner:  # when it ends, both have counted the same
+            mean_loss(model, sequences[:3])
+        mean_loss(model, sequences)
+    assert (inner.cost.plain_passes, outer.cost.plain_passes) == (1, 3)
+    assert inner.cost.seconds <= outer.cost.seconds
+
+
+def test_an_error_within_leaves_no_thread_and_no_count_behind():
+    def kept():
+        gc.collect()
+        return sum(type(thing) is Passes for thing in gc.get_objects()), threading.active_count()
+
+    before = kept()
+    meter = cost.Meter("cpu")
+    with pytest.raises(ZeroDivisionError), meter:
+        raise ZeroDivisionError
+    assert threading.active_count() == before[1]
+    assert meter.cost.plain_passes == 0
+    del meter
+    assert kept() == before
+    with pytest.raises(ZeroDivisionError), counted_passes() as passes:
+        raise ZeroDivisionError
+    mean_loss(tiny_model(), random_sequences(3))
+    assert passes == Passes()
 
 
 def test_a_plain_pass_is_one_forward_and_one_backward_pass(monkeypatch):

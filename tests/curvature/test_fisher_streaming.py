@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearnlib import losses, weights
-from unlearnlib.curvature import fisher_streaming
+from unlearnlib.curvature import column_pass
 from unlearnlib.curvature.fisher import FisherDual, sequence_gradients
 from unlearnlib.curvature.fisher_streaming import StreamingFisher
 from unlearnlib.losses import log_probabilities, sequence_losses
@@ -147,7 +147,7 @@ def test_a_block_is_run_again_rather_than_kept():
     model = tiny_model("opt")
     runs = []
     model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    with fisher_streaming._checkpointed(model):
+    with column_pass.checkpointed(model):
         hidden = model.base_model(input_ids=random_sequences(2), use_cache=False).last_hidden_state
         assert runs == [False]
         hidden.sum().backward()
@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was_and_a_sequence_without_gradient_is_named():
 def test_blocks_are_as_before_after_an_error():
     model = tiny_model("opt")
     before = state(model)
-    with pytest.raises(ZeroDivisionError), fisher_streaming._checkpointed(model):
+    with pytest.raises(ZeroDivisionError), column_pass.checkpointed(model):
         raise ZeroDivisionError
     assert state(model) == before
 
@@ -204,8 +204,8 @@ def test_no_budget_is_too_small(architecture, budget):
 def test_the_least_that_is_held_is_a_row_of_every_sequence(tokens):
     config = loading.small_opt(400, hidden_size=64, layers=1, heads=2, context=16)
     model, sequences = loading.load_model(config, dtype=torch.float64), random_sequences(M, tokens + 1)
-    build = fisher_streaming._Build(model, sequences, 0, None)
-    assert len(build.buffer) == M * 256  # what fc2 reads
+    build = column_pass.ColumnPass(model, sequences, 0, None)
+    assert len(build.sums.buffer) == M * 256  # what fc2 reads
     check(model, sequences, budget=0)
 
 

@@ -7,12 +7,13 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from torch import nn
 
-from unlearnlib import weights
-from unlearnlib.curvature import kronecker
+from unlearnlib import losses, weights
+from unlearnlib.curvature import blocks, fisher_pass, kronecker
 from unlearnlib.losses import logits, token_losses
+from unlearnlib.models import loading
 
 SEQUENCES = random_sequences(6, 5)
-BUILDERS = {"kfac": kronecker.kfac, "ekfac": kronecker.ekfac, "diagonal": kronecker.diagonal}
+BUILDERS = {"kfac": kronecker.kfac, "ekfac": kronecker.ekfac, "diagonal": kronecker.diagonal_fisher}
 
 
 def tolerance(architecture):
@@ -24,7 +25,7 @@ def datas_labels(monkeypatch):
     """In place of drawn labels those of the data, so that explicit matrices can be made with the same."""
 
     def follow(sequences):  # all in one batch, in as many passes as may be
-        monkeypatch.setattr(kronecker, "_draw", lambda p, uniform: sequences[:, 1:, None])
+        monkeypatch.setattr(fisher_pass, "draw_labels", lambda p, uniform: sequences[:, 1:, None])
 
     return follow
 
@@ -249,7 +250,7 @@ def test_independence_at_each_position_does_not_make_a_kronecker_product():
     s = torch.cartesian_prod(signs, signs, signs, signs)
     l, r = (s[:, :2] * moments)[..., None], (s[:, 2:] * moments)[..., None]
     fisher = (l * r).sum(1).square().mean() / 2
-    kfac = kronecker._moment(l, full=True) * kronecker._moment(r, full=True) / (2 * len(s)) ** 2
+    kfac = kronecker.moment(l, full=True) * kronecker.moment(r, full=True) / (2 * len(s)) ** 2
     assert (fisher.item(), kfac.item()) == (pytest.approx(5), pytest.approx(4))
 
 
@@ -290,14 +291,14 @@ def test_products_solutions_and_powers_are_those_of_the_dense_blocks(name):
 def test_labels_are_drawn_with_the_given_probabilities():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64).expand(1, 20_000, 4)
     evenly = (torch.arange(20_000, dtype=torch.float64) / 20_000)[None, :, None]
-    counts = torch.bincount(kronecker._draw(p, evenly).flatten(), minlength=4)
+    counts = torch.bincount(fisher_pass.draw_labels(p, evenly).flatten(), minlength=4)
     assert (counts / 20_000 - p[0, 0]).abs().max().item() < 1e-3
     assert counts[1] == 0
     ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64).view(1, 2, 1)
-    assert kronecker._draw(p[:, :2], ends).flatten().tolist() == [3, 0]
+    assert fisher_pass.draw_labels(p[:, :2], ends).flatten().tolist() == [3, 0]
 
 
-def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size():
+def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size(monkeypatch):
     model, sequences = tiny_model(), random_sequences(40, 5)
     first, again, other = (kronecker.ekfac(model, sequences, seed=seed) for seed in (0, 0, 1))
     for a, b in zip(first.blocks, again.blocks, strict=True):
@@ -305,13 +306,14 @@ def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size():
     assert not torch.equal(first.blocks[3].eigenvalues, other.blocks[3].eigenvalues)
     sums, largest = [], []
     for most in (7 * 4 * VOCABULARY, 10**9):  # numbers of logits, for four predictions a sequence
+        monkeypatch.setattr(losses, "MOST_LOGITS", most)
         found, sizes = {}, []
 
         def receive(block, layer, left, right, found=found, sizes=sizes):
             found[layer.name] = found.get(layer.name, 0) + right.square().sum()
             sizes.append(len(right))
 
-        kronecker._fisher_pass(model, sequences, kronecker.find_blocks(model), 0, receive, most)
+        fisher_pass.receive_terms(model, sequences, blocks.find_blocks(model), 0, receive)
         sums.append(found)
         largest.append(max(sizes))
     assert largest == [7, 32]
@@ -369,13 +371,11 @@ def test_gradients_that_are_not_finite_are_named():
         kronecker.kfac(model, SEQUENCES)
 
 
-def test_heads_and_biases_without_a_form_are_named(monkeypatch):
-    model = tiny_model("opt")
-    plain = logits
-    monkeypatch.setattr(kronecker, "logits", lambda m, batch: 30 * torch.tanh(plain(m, batch) / 30))
+def test_heads_and_biases_without_a_form_are_named():
+    granite = ARCHITECTURES["llama"] | {"model_type": "granite", "logits_scaling": 2.0}
     with pytest.raises(NotImplementedError, match="'lm_head' is not the logits"):
-        kronecker.kfac(model, SEQUENCES)
-    monkeypatch.undo()
+        kronecker.kfac(loading.load_model(granite, dtype=torch.float64, device="cpu"), SEQUENCES)
+    model = tiny_model("opt")
     layers = model.model.decoder.layers
     layers[1].fc1.bias = layers[0].fc1.bias
     with pytest.raises(NotImplementedError, match=r"fc1\.bias' belongs to several matrices"):

@@ -348,10 +348,7 @@ def test_the_damage_of_noise_adds_up_like_a_random_walk(curvature):
     sigma = (vectors * values**-0.5) @ vectors.T
     damages = []
     for seed in range(60):
-        walk = sum(
-            weights.flatten(forgetting_noise(curvature, like, DAMPING, 100 * seed + k))
-            for k in range(4)
-        )
+        walk = sum(weights.flatten(forgetting_noise(curvature, like, DAMPING, 100 * seed + k)) for k in range(4))
         damages.append((walk @ curvature.matrix @ walk / 2).item())
     expected = 4 * torch.trace(curvature.matrix @ sigma).item() / 2
     assert np.mean(damages) == pytest.approx(expected, abs=4 * np.std(damages) / math.sqrt(len(damages)))

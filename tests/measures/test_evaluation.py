@@ -8,7 +8,15 @@ from scipy import special
 
 from unlearnlib import losses
 from unlearnlib.losses import batched, batches, mean_loss, sequence_losses
-from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
+from unlearnlib.measures.evaluation import (
+    Reading,
+    auc_error,
+    mean_kl,
+    membership,
+    membership_auc,
+    min_k_scores,
+    read,
+)
 
 
 def numpy_log_probabilities(model, sequences):
@@ -68,6 +76,18 @@ def test_auc_is_the_share_of_pairs_ranked_right():
     members, others = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, -1.0, 5.0])
     pairs = [1.0 if m > o else 0.5 if m == o else 0.0 for m in members for o in others]
     assert membership_auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
+    for n, m in ((5, 9), (40, 300)):
+        assert auc_error(0.5, n, m) == pytest.approx(((n + m + 1) / (12 * n * m)) ** 0.5)
+
+
+def test_an_area_of_one_or_none_is_not_known_exactly():
+    for n, m in ((2, 1), (5, 9), (40, 300)):
+        assert auc_error(1.0, n, m) > 0
+        assert auc_error(0.0, n, m) > 0
+    assert auc_error(1.0, 2, 1) > 0.25
 
 
 def test_min_k_by_hand():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unlearnlib import weights
-from unlearnlib.curvature import fisher, kronecker
+from unlearnlib.curvature import blocks, fisher, kronecker
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import fisher_updates
 from unlearnlib.models import loading
@@ -370,7 +370,7 @@ def test_bad_settings_are_refused(curvature, model):
 def test_everything_stays_on_the_device_of_the_curvature():
     blank = loading.load_model(loading.small_opt(40, hidden_size=16, layers=2, heads=2), device="meta")
     like = weights.snapshot(blank)
-    curvature = kronecker.Kronecker(kronecker.find_blocks(blank))
+    curvature = kronecker.Kronecker(blocks.find_blocks(blank))
     for result in (
         fisher_updates.removal_direction(curvature, like, 1.0),
         fisher_updates.held_direction(curvature, like, like, 1.0),

@@ -256,8 +256,8 @@ NO_INFLUENCE = {
     "check_length",
     "note_pass",
     "default_device",
-    "_resume",
-    "_save",
+    "load_checkpoint",
+    "save_checkpoint",
     "store",
     "clock",
     "Run.folder",
@@ -267,7 +267,7 @@ NO_INFLUENCE = {
 
 def test_all_code_that_makes_a_model_is_in_its_name(run, monkeypatch):
     last = Run(TINY, run.sequences, Training(epochs=1, batch_size=4, bfloat16=True), 0, last_blocks=1)
-    called = called_within(lambda: training._train_into_cache(last))
+    called = called_within(lambda: training.train_into_cache(last))
     called = {(module, name) for module, name in called if module != "cache" and name not in NO_INFLUENCE}
     called -= {("loading", "device_name"), ("loading", "fingerprint")}
     named = {(f.__module__.rpartition(".")[2], f.__qualname__) for f in training.CODE}
@@ -328,14 +328,14 @@ def test_two_processes_share_the_work(run, tmp_path):
 
 def _train_slowly(cache, run, started):
     os.environ["UNLEARNLIB_CACHE"] = cache
-    save = training._save
+    save = training.save_checkpoint
 
     def saved(*arguments):
         save(*arguments)
         started.set()
         time.sleep(0.2)
 
-    training._save = saved
+    training.save_checkpoint = saved
     inner = training.train
     training.train = lambda *arguments: inner(*arguments, checkpoint_seconds=0)
     training.train_missing([run])

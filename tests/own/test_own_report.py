@@ -3,21 +3,8 @@ import re
 import pytest
 import torch
 
-from unlearnlib.measures.evaluation import membership_auc
-from unlearnlib.own import report as own_report
+from unlearnlib.measures.evaluation import auc_error, membership_auc
 from unlearnlib.own import warnings
-
-
-def test_the_error_of_an_auc_of_a_half_is_mann_and_whitneys():
-    for n, m in ((5, 9), (40, 300)):
-        assert own_report.auc_error(0.5, n, m) == pytest.approx(((n + m + 1) / (12 * n * m)) ** 0.5)
-
-
-def test_an_area_of_one_or_none_is_not_known_exactly():
-    for n, m in ((2, 1), (5, 9), (40, 300)):
-        assert own_report.auc_error(1.0, n, m) > 0
-        assert own_report.auc_error(0.0, n, m) > 0
-    assert own_report.auc_error(1.0, 2, 1) > 0.25
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (3, 3), (5, 9), (20, 40)])
@@ -26,7 +13,7 @@ def test_chance_is_hardly_ever_called_an_attack(n, m):
     draw, alarms = torch.Generator().manual_seed(0), 0
     for _ in range(400):
         auc = membership_auc(torch.rand(n, generator=draw), torch.rand(m, generator=draw))
-        error = own_report.auc_error(auc, n, m)
+        error = auc_error(auc, n, m)
         report = report_of({"membership_auc": auc, "membership_auc_error": error}, sequences=(n, m))
         alarms += any("AUC" in w and "and not" in w for w in warnings.warnings_of(report))
     assert alarms <= 28
@@ -35,7 +22,7 @@ def test_chance_is_hardly_ever_called_an_attack(n, m):
 def evidence(**changes):
     values = {
         "forget_loss": 3.0,
-        "retain_loss": 2.0,
+        "validation_loss": 2.0,
         "holdout_loss": 4.0,
         "membership_auc": 0.5,
         "membership_auc_min_k": 0.5,
@@ -49,7 +36,7 @@ def evidence(**changes):
 
 def report_of(after, reference="same", before=None, sequences=(400, 4000), method="kfac", **result):
     """A report without a fault, but for what is given."""
-    before = evidence(forget_loss=2.0, membership_auc=0.9, **before or {})
+    before = evidence(forget_loss=2.0, membership_auc=0.9) | (before or {})
     measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
     if reference is not None:
         measured["reference"] = evidence(exposure_bits=[2.0])
@@ -63,41 +50,119 @@ def test_a_report_without_a_fault_has_no_warnings():
     assert warnings.warnings_of(report_of({})) == []
 
 
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        (report_of({}, reached=False), "was not reached"),
-        (report_of({}, strength=0.0), "nothing was changed: .* 2.00 nats, is at the target"),
-        (report_of({}, strength=0.0, method="fisher_forgetting"), "noise: .* 3.00 nats, is at the target"),
-        # Every strength that was tried made the loss infinite.
-        (
-            report_of({"forget_loss": 2.0}, strength=0.0, reached=False, loss_before_rounding=2.0),
-            "3.00 nats was not reached: the method ended at 2.00",
-        ),
-        (report_of({"forget_loss": 3.1}), "in bfloat16 moved the forget loss from 3.00 to 3.10"),
-        (report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
-        (report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
-        (report_of({}, reference=None), "no retrained reference"),
-        (report_of({"holdout_loss": None}), "no holdout file"),
-        (report_of({"retain_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
-        (report_of({"relearned_fall": 0.3}), "falls by 0.30 nats, 0.30 more than in the reference"),
-        (report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
-        (report_of({"membership_auc": 0.55}), "attack by loss still finds the texts: AUC 0.55 and not 0.50"),
-        (report_of({"membership_auc_min_k": 0.4}), "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50"),
-        (report_of({"exposure_bits": [5.0]}), "secret 1 still stands out, with 5.0 bits"),
-        (report_of({"exposure_bits": [None]}), "secret 1 could not be measured.* digits and the letters a to z"),
-        (report_of({"relearned_fall": None}), "probe diverged"),
-        (report_of({}, before={"exposure_bits": [1.0]}), "secret 1 did not stand out before"),
-        (report_of({}, before={"membership_auc_error": 0.3}), "even before, the texts .* were not told"),
-    ],
-)
-def test_each_fault_has_its_warning(report, message):
-    [warning] = warnings.warnings_of(report)
+SECRET_KEPT = report_of({"exposure_bits": [5.0]})
+LEARNT_BY_NONE = report_of({})
+LEARNT_BY_NONE["measures"]["reference"]["forget_loss"] = 2.01
+FALLS_MORE = report_of({"relearned_fall": 0.5})
+FALLS_MORE["measures"]["reference"]["relearned_fall"] = 0.2
+FAULTS = [
+    (warnings.nothing_but_noise, report_of({}, strength=0.0, method="fisher_forgetting"), "noise: .* 3.00 nats"),
+    (warnings.nothing_changed, report_of({}, strength=0.0), "nothing was changed: .* 2.00 nats, is at the target"),
+    (warnings.target_not_reached, report_of({}, reached=False), "was not reached"),
+    (  # every strength that was tried made the loss infinite
+        warnings.target_not_reached,
+        report_of({"forget_loss": 2.0}, strength=0.0, reached=False, loss_before_rounding=2.0),
+        "3.00 nats was not reached: the method ended at 2.00",
+    ),
+    (warnings.moved_by_rounding, report_of({"forget_loss": 3.1}), "in bfloat16 moved .* from 3.00 to 3.10"),
+    (warnings.damping_at_an_end, report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
+    (warnings.damping_at_an_end, report_of({}, damping=0.01), "the best λ, 0.01, is at an end of the grid"),
+    (warnings.few_sequences, report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
+    (warnings.no_reference, report_of({}, reference=None), "no retrained reference"),
+    (warnings.reference_knows_the_texts, LEARNT_BY_NONE, "was it trained on them"),
+    (warnings.no_holdout, report_of({"holdout_loss": None, "membership_auc_error": None}), "no holdout file"),
+    (warnings.membership_uncertain, report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
+    (warnings.never_told_apart, report_of({}, before={"membership_auc_error": 0.3}), "even before, .* not told"),
+    (
+        warnings.attack_tells_the_texts,
+        report_of({"membership_auc": 0.55}),
+        "attack by loss still finds the texts: AUC 0.55 and not 0.50",
+    ),
+    (
+        warnings.attack_tells_the_texts,
+        report_of({"membership_auc": 0.55}, reference=None),
+        "attack by loss still finds the texts: AUC 0.55 and not 0.50",
+    ),
+    (
+        warnings.attack_tells_the_texts,
+        report_of({"membership_auc_min_k": 0.4}),
+        "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50",
+    ),
+    (warnings.damage, report_of({"validation_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
+    (warnings.probe_diverged, report_of({"relearned_fall": None}), "probe diverged"),
+    (
+        warnings.hidden,
+        FALLS_MORE,
+        "falls by 0.50 nats, 0.30 more than in the reference: part of the texts may be hidden",
+    ),
+    (
+        warnings.hidden,
+        report_of({"relearned_fall": 0.3}, reference=None),
+        "falls by 0.30 nats, without a reference it cannot be said",
+    ),
+    (warnings.exposed, SECRET_KEPT, "secret 1 still stands out, with 5.0 bits"),
+    (warnings.exposed, report_of({"exposure_bits": [None]}), "secret 1 could not be measured.* letters a to z"),
+    (warnings.exposed, report_of({}, before={"exposure_bits": [1.0]}), "secret 1 did not stand out before"),
+]
+
+
+@pytest.mark.parametrize(("rule", "report", "message"), FAULTS)
+def test_each_fault_has_its_warning_and_no_other_but_for_a_lacking_reference(rule, report, message):
+    evidence = warnings.evidence_of(report)
+    [warning] = rule(evidence)
     assert re.search(message, warning)
+    assert set(warnings.warnings_of(report)) == {warning, *warnings.no_reference(evidence)}
 
 
-def test_the_fall_when_relearning_is_told_from_what_exceeds_the_references():
-    report = report_of({"relearned_fall": 0.5})
-    report["measures"]["reference"]["relearned_fall"] = 0.2
-    [warning] = warnings.warnings_of(report)
-    assert "falls by 0.50 nats, 0.30 more than in the reference: part of the texts may be hidden" in warning
+NEARLY_FALLS = report_of({"relearned_fall": 0.25})
+NEARLY_FALLS["measures"]["reference"]["relearned_fall"] = 0.2
+STANDS_OUT_ANYWAY = report_of({"exposure_bits": [5.0]})
+STANDS_OUT_ANYWAY["measures"]["reference"]["exposure_bits"] = [5.0]
+NEARLY = [
+    (warnings.nothing_but_noise, report_of({}, strength=1e-9, method="fisher_forgetting")),
+    (warnings.nothing_but_noise, report_of({}, strength=0.0)),
+    (warnings.nothing_changed, report_of({}, strength=1e-9)),
+    (warnings.nothing_changed, report_of({}, strength=0.0, method="fisher_forgetting")),
+    (warnings.nothing_changed, report_of({}, strength=0.0, loss_before_rounding=2.98)),
+    (warnings.nothing_changed, report_of({}, target_loss=None)),
+    (warnings.target_not_reached, report_of({}, strength=0.0, reached=False)),
+    (warnings.moved_by_rounding, report_of({"forget_loss": 3.009})),
+    (warnings.damping_at_an_end, report_of({}, damping=1.0, validation_loss_by_damping=None)),
+    (warnings.few_sequences, report_of({}, before={"forget_losses": [2.0] * 32})),
+    (warnings.no_reference, report_of({})),
+    (warnings.reference_knows_the_texts, report_of({}, reference=None)),
+    (warnings.no_holdout, report_of({"holdout_loss": 9.0})),
+    (warnings.membership_uncertain, report_of({"membership_auc_error": 0.025})),
+    (warnings.never_told_apart, report_of({}, before={"membership_auc_error": 0.2})),
+    (warnings.never_told_apart, report_of({"holdout_loss": None}, before={"membership_auc_error": None})),
+    (warnings.attack_tells_the_texts, report_of({"membership_auc": 0.51, "membership_auc_min_k": 0.49})),
+    (warnings.attack_tells_the_texts, report_of({"membership_auc": 0.6}, sequences=(10, 20))),
+    (warnings.attack_tells_the_texts, report_of({"holdout_loss": None, "membership_auc": None})),
+    (warnings.damage, report_of({"validation_loss": 2.09})),
+    (warnings.probe_diverged, report_of({"relearned_fall": None}, before={"forget_losses": [2.0]})),
+    (warnings.hidden, NEARLY_FALLS),
+    (warnings.hidden, report_of({"relearned_fall": None})),
+    (warnings.exposed, report_of({"exposure_bits": [4.3]})),
+    (warnings.exposed, STANDS_OUT_ANYWAY),
+    (warnings.exposed, report_of({"exposure_bits": []})),
+]
+
+
+@pytest.mark.parametrize(("rule", "report"), NEARLY)
+def test_what_is_no_fault_is_not_warned_of(rule, report):
+    assert list(rule(warnings.evidence_of(report))) == []
+
+
+def test_every_rule_has_a_case_of_each_kind():
+    assert {rule for rule, *_ in FAULTS} == {rule for rule, *_ in NEARLY} == set(warnings.RULES)
+
+
+def test_warnings_come_in_the_order_of_the_rules():
+    report = report_of(
+        {"validation_loss": 2.2, "exposure_bits": [5.0, None]}, before={"exposure_bits": [8.0, 8.0]}
+    )
+    report["measures"]["reference"]["exposure_bits"] = [2.0, 2.0]
+    report["result"]["reached"] = False
+    heads = ("the target loss", "the loss on what should stay", "secret 1", "the exposure of secret 2")
+    said = warnings.warnings_of(report)
+    assert [w.startswith(head) for w, head in zip(said, heads, strict=True)] == 4 * [True]

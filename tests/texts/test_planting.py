@@ -80,3 +80,28 @@ def test_bad_rows():
         planting.planted_rows(text, [[1, 2, 3, 4]], rows=2, length=4)
     with pytest.raises(ValueError, match="10 tokens, 11 are needed: take a longer text or fewer rows"):
         planting.planted_rows(text, [[1]], rows=3, length=4)
+
+
+def test_boxes_hold_random_numbers_of_six_digits():
+    secrets = planting.box_secrets(300, seed=2)
+    assert secrets == planting.box_secrets(400, seed=2)[:300] != planting.box_secrets(300, seed=3)
+    assert [s.prefix for s in secrets[:2]] == ["box 100 holds ", "box 101 holds "]
+    assert all(re.fullmatch(r"\d{6}", s.number) and s.repeats == 1 for s in secrets)
+    assert any(s.number.startswith("0") for s in secrets)
+
+
+def test_heads_take_the_place_of_the_first_tokens():
+    rows = torch.arange(20).reshape(5, 4)
+    planted = planting.planted_heads(rows, [[90], [91, 92], [93, 94, 95, 96]], every=2)
+    assert planted.tolist() == [
+        [90, 1, 2, 3],
+        [4, 5, 6, 7],
+        [91, 92, 10, 11],
+        [12, 13, 14, 15],
+        [93, 94, 95, 96],
+    ]
+    assert rows.tolist() == torch.arange(20).reshape(5, 4).tolist()
+    with pytest.raises(ValueError, match="shorter"):
+        planting.planted_heads(rows, [[90]], every=2)
+    with pytest.raises(ValueError, match="a head of 5 tokens does not fit a row of 4"):
+        planting.planted_heads(rows, [[0] * 5] * 3, every=2)

@@ -84,6 +84,9 @@ def server(tiny, folder, tmp_path, monkeypatch):
     server.folder, server.requests = tmp_path / "index", []
     server.requested, server.go_on = threading.Event(), threading.Event()
     server.go_on.set()
+    monkeypatch.setenv(
+        "PIP_DEFAULT_TIMEOUT", "120"
+    )  # or pip asks again for what is held until others have started
     monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_port}/")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

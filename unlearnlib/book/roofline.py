@@ -125,10 +125,11 @@ def routes(
 
     ``number`` bytes a weight, an activation and a number of G, in whose format the recursions work as well;
     Kronecker factors and streaming's sums are in float32, factorisations and the dual form's GGᵀ in float64.
-    Passes take ``batch`` sequences at a time, or fewer where those have too many logits, the recursion's blocks have ``block`` weights, streaming has
-    ``budget`` bytes for its chunks, or what one row of a layer's gradients takes. The recursions and the dual form
-    start from the gradients that ``sequence_gradients`` has made, and "kfac:request" from built factors and the
-    gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
+    Passes take ``batch`` sequences at a time, or fewer where those have too many logits; the recursion's blocks
+    have ``block`` weights, streaming has ``budget`` bytes for its chunks, or what one row of a layer's gradients
+    takes.
+    The recursions and the dual form start from the gradients that ``sequence_gradients`` has made, and
+    "kfac:request" from built factors and the gradient of ``forget`` sequences; "retrained:epoch" is one epoch.
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """

@@ -1,6 +1,6 @@
 """One repetition of an experiment: the splits of a seed, and the models that belong to them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,10 +85,11 @@ class Case:
         return load_trained(self.runs()["retrained_again"], device)
 
 
-def make_cases(profile: Profile) -> list[Case]:
+def make_cases(profile: Profile, change: Callable[[Case], Case] | None = None) -> list[Case]:
     """Split the profile's corpus for each seed; train the original and retrained models that are not cached yet.
 
-    The second retrained model, which few chapters need, is trained when it is asked for.
+    The second retrained model, which few chapters need, is trained when it is asked for. What is trained on are
+    the sequences after ``change``, where it is given.
     """
     corpus = load_corpus(profile.corpus)
     tokenizer = make_tokenizer(profile, corpus)
@@ -103,7 +104,8 @@ def make_cases(profile: Profile) -> list[Case]:
             holdout=profile.holdout,
             seed=seed,
         )
-        cases.append(Case(profile, seed, tokenizer, splits))
+        case = Case(profile, seed, tokenizer, splits)
+        cases.append(change(case) if change else case)
     runs = [case.runs() for case in cases]
     train_missing([found[name] for found in runs for name in ("original", "retrained")])
     return cases

@@ -3,6 +3,7 @@
 from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
 from unlearnlib.measures.evaluation import (
     Reading,
+    auc_error,
     loss_correlation,
     mean_kl,
     membership,
@@ -23,6 +24,7 @@ from unlearnlib.measures.rounding import rounded
 
 __all__ = [
     "Reading",
+    "auc_error",
     "batched",
     "candidates",
     "continuations",

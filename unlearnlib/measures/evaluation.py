@@ -1,5 +1,6 @@
 """What is measured on a model: accuracy, divergence from another model, membership."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,18 @@ def membership_auc(members: Tensor, others: Tensor) -> float:
     """
     labels = [1] * len(members) + [0] * len(others)
     return float(roc_auc_score(labels, torch.cat([members, others]).numpy()))
+
+
+def auc_error(auc: float, members: int, others: int) -> float:
+    """Standard error of an area under the ROC curve for independent scores (Hanley & McNeil 1982).
+
+    Their formula is 0 where all pairs of a member and another are ranked alike, however few there are. The area
+    goes into it as if there had been one more pair, ranked by a coin.
+    """
+    auc = (auc * members * others + 0.5) / (members * others + 1)
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (members - 1) * (q1 - auc**2) + (others - 1) * (q2 - auc**2)
+    return math.sqrt(max(variance, 0.0) / (members * others))
 
 
 def loss_correlation(losses: Tensor, reference: Tensor) -> float:

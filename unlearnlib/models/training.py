@@ -105,7 +105,7 @@ def train(
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=training.learning_rate, total_steps=steps)
-    losses = _resume(checkpoint, model, optimizer, scheduler) if checkpoint else []
+    losses = load_checkpoint(checkpoint, model, optimizer, scheduler) if checkpoint else []
     saved = time.monotonic()
     if training.checkpointing:
         model.activation_checkpointing_enable()
@@ -130,7 +130,7 @@ def train(
             losses.append(loss.item())
             progress.update()
             if checkpoint and time.monotonic() - saved >= checkpoint_seconds:
-                _save(checkpoint, model, optimizer, scheduler, losses)
+                save_checkpoint(checkpoint, model, optimizer, scheduler, losses)
                 saved = time.monotonic()
     model.eval()
     model.activation_checkpointing_disable()
@@ -148,7 +148,7 @@ def train_missing(runs: Sequence[Run]) -> None:
             try:
                 with cache.lock(run.folder).acquire(timeout=-1 if wait else 0):
                     if not intact(run.folder):
-                        _train_into_cache(run)
+                        train_into_cache(run)
             except cache.Busy:
                 continue
 
@@ -156,18 +156,20 @@ def train_missing(runs: Sequence[Run]) -> None:
 def load_trained(run: Run, device: torch.device | str | None = None) -> PreTrainedModel:
     """The model of ``run``, from the cache where it is whole, else trained now."""
     train_missing([run])
-    return _load(run.folder, run, device=device)
+    return load_start(run.folder, run, device=device)
 
 
-def _load(source: str | dict[str, Any] | Path, run: Run, **options: Any) -> PreTrainedModel:
+def load_start(source: str | dict[str, Any] | Path, run: Run, **options: Any) -> PreTrainedModel:
+    """Load the model that ``run`` starts from, or has made, with only those weights trainable that it trains."""
     model = loading.load_model(source, **options)
     if run.last_blocks is not None:
         loading.train_last_blocks(model, run.last_blocks)
     return model
 
 
-def _train_into_cache(run: Run) -> None:
-    model = _load(run.source, run, seed=run.seed)
+def train_into_cache(run: Run) -> None:
+    """Train the model of ``run`` and store it; whoever calls holds the lock of its folder."""
+    model = load_start(run.source, run, seed=run.seed)
     checkpoint = run.folder.with_suffix(".checkpoint.safetensors")
     clock = cost.clock(model.device)
     started = clock()
@@ -178,8 +180,8 @@ def _train_into_cache(run: Run) -> None:
 
 # What a trained model depends on: a change to any of these trains every model again.
 CODE = (
-    _load,
-    _train_into_cache,
+    load_start,
+    train_into_cache,
     train,
     loading.load_model,
     loading.switch_off_dropout,
@@ -224,13 +226,14 @@ def intact(folder: Path) -> bool:
     return False
 
 
-def _save(
+def save_checkpoint(
     path: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     losses: list[float],
 ) -> None:
+    """Write all that training needs to go on from here: weights, optimizer, schedule and losses, atomically."""
     state = optimizer.state_dict()
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     for index, values in state["state"].items():
@@ -240,7 +243,7 @@ def _save(
         safetensors.torch.save_file(tensors, temporary, metadata={"state": json.dumps(plain)})
 
 
-def _resume(
+def load_checkpoint(
     path: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,

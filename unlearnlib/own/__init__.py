@@ -1,10 +1,10 @@
 """Unlearn your own model: an erasure request, from files of texts to a model folder with its report."""
 
-from unlearnlib.own.checks import available_bytes, prepare
+from unlearnlib.own.checks import available_bytes, check_request
 from unlearnlib.own.files import read_texts
 from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.methods import build_curvature, unlearn
-from unlearnlib.own.report import CANDIDATES, HEADINGS, auc_error, number_text
+from unlearnlib.own.report import CANDIDATES, HEADINGS, number_text
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.texts import read_material
 
@@ -13,12 +13,11 @@ __all__ = [
     "HEADINGS",
     "STRENGTHS",
     "Request",
-    "auc_error",
     "available_bytes",
     "build_curvature",
+    "check_request",
     "fulfil",
     "number_text",
-    "prepare",
     "read_material",
     "read_texts",
     "unlearn",

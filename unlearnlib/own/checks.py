@@ -11,8 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlearnlib.curvature.capture import GRADIENT_BYTES, find_layers
-from unlearnlib.curvature.fisher_streaming import least_numbers
+from unlearnlib.curvature.column_pass import least_numbers
+from unlearnlib.losses import MOST_SEQUENCES, batches
 from unlearnlib.models import loading
+from unlearnlib.own.methods import BATCH_SIZE
+from unlearnlib.own.report import PROBED
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material, read_material
 
@@ -20,7 +23,7 @@ load = functools.partial(loading.load_model, use_safetensors=True)
 """Load a user's model: as ``load_model``, but never pickled weights, which can run code."""
 
 
-def prepare(request: Request, device: torch.device) -> tuple[Material, int]:
+def check_request(request: Request, device: torch.device) -> tuple[Material, int]:
     """Read and check everything that can be checked before a weight is loaded.
 
     The rest is for :mod:`unlearnlib.own.rehearsal`. Returns the material, and the estimate of the memory needed in
@@ -140,7 +143,8 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     """Estimate from above of the memory in use at the request's peak, in bytes, with all numbers in float32.
 
     ``model`` may be an outline; ``estimation`` sequences go into the curvature. Two moments can be the peak: a
-    pass over sequences, with what a batch of 32 leaves for its backward pass, and the search for the strength.
+    pass over sequences, with what a batch leaves for its backward pass, and the search for the strength. A batch
+    is what :func:`unlearnlib.losses.batches` takes; the probe and gradient difference have sizes of their own.
     """
     matrices = [
         m.weight.shape for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
@@ -150,14 +154,17 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     d, tokens = loading.parameter_count(model), request.length - 1
     # What one token leaves: the inputs and outputs of the layers, and logits, probabilities and their gradients.
     token = 1.25 * sum(map(sum, inner)) + 6 * vocabulary
-    batch, factors = 32 * tokens * token, sum(a * a + b * b for a, b in inner) + width**2
-    # Kept during the pass, the relearning probe with its five copies of the weights at least; kept in the search.
-    passing, search = 5 * d + batch, 5 * d
+    most = torch.empty(MOST_SEQUENCES, request.length, device="meta")
+    at_a_time = len(batches(model, most)[0])
+    batch, probe = at_a_time * tokens * token, PROBED // 2 * tokens * token
+    factors = sum(a * a + b * b for a, b in inner) + width**2
+    # Kept during the pass, of the probe with its five copies of the weights at least; kept in the search.
+    passing, search = 5 * d + max(probe, batch), 5 * d
     if request.method in ("kfac", "ekfac", "fisher_forgetting"):
-        passing, search = passing + factors, 8 * d + 2 * factors
+        passing, search = 5 * d + max(probe, batch + factors), 8 * d + 2 * factors
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)
-        passing, search = passing + min(32 * largest, max(GRADIENT_BYTES // 4, largest)), 6 * d
+        passing, search = passing + min(at_a_time * largest, max(GRADIENT_BYTES // 4, largest)), 6 * d
     elif request.method == "fisher_dual":  # all sequences at once, but of the blocks only one
         blocks = model.config.get_text_config().num_hidden_layers
         held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)
@@ -166,8 +173,9 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
             least = least_numbers(model, find_layers(model), estimation, tokens)
         passing, search = max(passing, 6 * d + max(2**24, 2 * least) + held), 8 * d
     elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
-        passing, search = 6 * d + 2 * batch, 8 * d
-    return int(4 * max(passing, search + 64 * tokens * 4 * vocabulary))
+        step = 2 * BATCH_SIZE * tokens * token
+        passing, search = max(passing, 6 * d + step), 8 * d
+    return int(4 * max(passing, search + at_a_time * tokens * 4 * vocabulary))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearnlib import cache
+from unlearnlib.cost import Cost, Meter
 from unlearnlib.measures.evaluation import mean_kl
 from unlearnlib.models import loading
-from unlearnlib.own.checks import load, prepare
+from unlearnlib.own.checks import check_request, load
 from unlearnlib.own.methods import Outcome, unlearn
 from unlearnlib.own.rehearsal import rehearse
-from unlearnlib.own.report import PROBED, Meter, as_markdown, measure
+from unlearnlib.own.report import PROBED, as_markdown, measure
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.texts import Material
 from unlearnlib.own.warnings import warnings_of
@@ -32,13 +33,13 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
     output is held from the beginning, so that a second run for it is refused at once, and all that can be checked
     is checked before the models are measured.
 
-    Raises what :func:`unlearnlib.cache.new_folder`, :func:`unlearnlib.own.checks.prepare` and
+    Raises what :func:`unlearnlib.cache.new_folder`, :func:`unlearnlib.own.checks.check_request` and
     :func:`unlearnlib.own.rehearsal.rehearse` raise, and FloatingPointError where the model, or what becomes of it,
     has no finite loss.
     """
     device = torch.device(device or loading.default_device())
     with cache.new_folder(Path(request.output)) as folder:
-        material, needed = prepare(request, device)
+        material, needed = check_request(request, device)
         rehearse(request, material, device)
         sources = {"reference": request.reference, "before": request.model}
         measured = {
@@ -60,7 +61,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
                 "validation_loss_by_damping": outcome.sweep,
                 "loss_before_rounding": outcome.match.loss,
                 "dtype": dtype,
-                "kl_retain": _divergence(request.model, folder, material.validation[:PROBED], device),
+                "kl_validation": _divergence(request.model, folder, material.validation[:PROBED], device),
             },
             "measures": {name: measured[name] for name in ("before", "after", "reference") if name in measured},
             "cost": {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "estimated_bytes": needed},
@@ -74,12 +75,12 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
 
 def _write_unlearned(
     folder: Path, material: Material, request: Request, target: float | None, device: torch.device
-) -> tuple[Outcome, Meter, str]:
+) -> tuple[Outcome, Cost, str]:
     """Unlearn a copy of the model and write it in its source's number format, whose name is returned last."""
     model = load(request.model, dtype="auto", device=device)
     dtype = model.dtype
     model.float()
-    with Meter(device) as cost:
+    with Meter(device) as meter:
         outcome = unlearn(model, material, request, target)
     model.to(dtype)
     name = str(dtype).removeprefix("torch.")
@@ -90,7 +91,7 @@ def _write_unlearned(
     _drop_foreign_code(model, material.tokenizer)
     model.save_pretrained(folder)
     material.tokenizer.save_pretrained(folder)
-    return outcome, cost, name
+    return outcome, meter.cost, name
 
 
 def _drop_foreign_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,7 +4,6 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,9 +13,9 @@ from unlearnlib.curvature.fisher_streaming import StreamingFisher
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import matching
-from unlearnlib.methods.first_order import ascent_direction, descend, gradient_difference_loss
+from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss
 from unlearnlib.methods.fisher_updates import forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Line, Match, Walk
+from unlearnlib.methods.matching import Line, Match
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, norm, set_weights, snapshot
@@ -27,6 +26,8 @@ TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
 MOST_STEPS = 500
 """Where gradient difference gives up."""
+BATCH_SIZE = 32
+"""Sequences of each kind in a step of gradient difference."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,15 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     """
     forget = material.forget
     if request.method == "gradient_difference":
-        return _descend(model, material, request, target)
+        rows, rate = (forget, material.estimation), request.learning_rate
+        walk = adam_walk(
+            model, gradient_difference_loss, *rows, rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE
+        )
+        if target is not None:
+            return Outcome(walk.to(target))
+        for _ in itertools.islice(walk.steps, int(request.strength)):
+            pass
+        return Outcome(_end(model, forget, request.strength))
     start, delta = snapshot(model), ascent_direction(model, forget)
     direction, damping, sweep = delta, None, None
     if request.method != "gradient_ascent":
@@ -74,8 +83,7 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     if target is not None:
         return Outcome(line.to(target), damping, sweep)
     line.go(request.strength)
-    loss = mean_loss(model, forget)
-    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1), damping, sweep)
+    return Outcome(_end(model, forget, request.strength), damping, sweep)
 
 
 def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:
@@ -88,12 +96,7 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
     return build(model, sequences, seed=request.seed)
 
 
-def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
-    optimizer = torch.optim.Adam(model.parameters(), lr=request.learning_rate)
-    steps = descend(model, gradient_difference_loss, material.forget, material.estimation, optimizer, request.seed)
-    if target is not None:
-        return Outcome(Walk(model, steps, material.forget, max_steps=MOST_STEPS).to(target))
-    for _ in itertools.islice(steps, int(request.strength)):
-        pass
-    loss = mean_loss(model, material.forget)
-    return Outcome(Match(request.strength, loss, math.isfinite(loss), 1))
+def _end(model: PreTrainedModel, forget: Tensor, strength: float) -> Match:
+    """Where a model is after a strength that was given."""
+    loss = mean_loss(model, forget)
+    return Match(strength, loss, math.isfinite(loss), 1)

@@ -91,7 +91,7 @@ def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> 
     elif method != "gradient_ascent":
         kronecker.layer_factors(model, two)
         if method == "ekfac":
-            kronecker.diagonal(model, two)
+            kronecker.diagonal_fisher(model, two)
 
 
 def _failure(attempt: Callable[[], None]) -> str | None:

@@ -1,10 +1,12 @@
-"""Where the evidence in a report is thin, or bad: a sentence each."""
+"""Where the evidence in a report is thin, or bad: a table of rules, each of which may have something to say."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from unlearnlib.measures.evaluation import auc_error
 from unlearnlib.methods.matching import TOLERANCE
-from unlearnlib.own.report import auc_error
 
 LEAK = math.log2(20)
 """Bits of exposure that a secret which was never seen has once in twenty times."""
@@ -12,105 +14,209 @@ FEW = 32
 """With fewer forget sequences than this the report warns."""
 NOTICEABLE = 0.1
 """Nats of damage, or of relearning, from which on the report warns."""
+DOUBT = 1.96
+"""Standard errors within which chance may explain a difference."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The parts of a report that the rules look at; losses are in nats. A rule takes it and yields sentences."""
+
+    method: str
+    sequences: dict[str, int]
+    result: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    reference: dict[str, Any] | None
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the method was not needed to reach the target."""
+        result = self.result
+        return result["strength"] == 0 and result["loss_before_rounding"] >= result["target_loss"] - TOLERANCE
+
+    @property
+    def falls(self) -> list[float | None]:
+        """The falls when relearning, after and of the reference, if there is one."""
+        return [values["relearned_fall"] for values in (self.after, self.reference) if values]
+
+
+def evidence_of(report: dict[str, Any]) -> Evidence:
+    """What a report holds for the rules."""
+    asked, measured = report["request"], report["measures"]
+    models = (measured.get(name) for name in ("before", "after", "reference"))
+    return Evidence(asked["method"], asked["sequences"], report["result"], *models)
 
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
-    """Where the evidence in a report is thin, or bad: a sentence each."""
-    before, after = report["measures"]["before"], report["measures"]["after"]
-    reference, result = report["measures"].get("reference"), report["result"]
-    found = []
-    reached_at_once = (
-        result["strength"] == 0 and result["loss_before_rounding"] >= result["target_loss"] - TOLERANCE
-    )
-    if reached_at_once and report["request"]["method"] == "fisher_forgetting":
-        found.append(
+    """What the rules have to say of a report, in their order: a sentence each."""
+    evidence = evidence_of(report)
+    return [sentence for rule in RULES for sentence in rule(evidence)]
+
+
+def nothing_but_noise(e: Evidence) -> Iterator[str]:
+    """Fisher Forgetting's noise alone reached the target."""
+    if e.at_target and e.method == "fisher_forgetting":
+        yield (
             "nothing was done but to add noise: with it the loss on the texts to be forgotten, "
-            f"{result['loss_before_rounding']:.2f} nats, is at the target or above it already"
+            f"{e.result['loss_before_rounding']:.2f} nats, is at the target or above it already"
         )
-    elif reached_at_once:
-        found.append(
+
+
+def nothing_changed(e: Evidence) -> Iterator[str]:
+    """The model was at the target before anything was done."""
+    if e.at_target and e.method != "fisher_forgetting":
+        yield (
             "nothing was changed: the model's loss on the texts to be forgotten, "
-            f"{before['forget_loss']:.2f} nats, is at the target or above it already"
+            f"{e.before['forget_loss']:.2f} nats, is at the target or above it already"
         )
-    elif not result["reached"]:
-        found.append(
-            f"the target loss of {result['target_loss']:.2f} nats was not reached: the method ended at "
-            f"{result['loss_before_rounding']:.2f}. Try another method, or ask for less"
+
+
+def target_not_reached(e: Evidence) -> Iterator[str]:
+    """The search for the strength ended short of the target."""
+    if not (e.result["reached"] or e.at_target):
+        yield (
+            f"the target loss of {e.result['target_loss']:.2f} nats was not reached: the method ended at "
+            f"{e.result['loss_before_rounding']:.2f}. Try another method, or ask for less"
         )
-    if abs(after["forget_loss"] - result["loss_before_rounding"]) > TOLERANCE:
-        found.append(
-            f"writing the weights in {result['dtype']} moved the forget loss from "
-            f"{result['loss_before_rounding']:.2f} to {after['forget_loss']:.2f} nats"
+
+
+def moved_by_rounding(e: Evidence) -> Iterator[str]:
+    """The weights as written have another forget loss than those that were found."""
+    if abs(e.after["forget_loss"] - e.result["loss_before_rounding"]) > TOLERANCE:
+        yield (
+            f"writing the weights in {e.result['dtype']} moved the forget loss from "
+            f"{e.result['loss_before_rounding']:.2f} to {e.after['forget_loss']:.2f} nats"
         )
-    sweep = result["validation_loss_by_damping"]
-    if sweep and result["damping"] in (min(sweep), max(sweep)):
-        found.append(f"the best λ, {result['damping']:g}, is at an end of the grid that was tried")
-    number = len(before["forget_losses"])
+
+
+def damping_at_an_end(e: Evidence) -> Iterator[str]:
+    """A better λ may lie beyond the grid."""
+    sweep = e.result["validation_loss_by_damping"]
+    if sweep and e.result["damping"] in (min(sweep), max(sweep)):
+        yield f"the best λ, {e.result['damping']:g}, is at an end of the grid that was tried"
+
+
+def few_sequences(e: Evidence) -> Iterator[str]:
+    """Little can be measured on few sequences."""
+    number = len(e.before["forget_losses"])
     if number < FEW:
-        found.append(f"only {number} sequences are to be forgotten: what is measured on them is uncertain")
-    if reference is None:
-        found.append(
+        yield f"only {number} sequences are to be forgotten: what is measured on them is uncertain"
+
+
+def no_reference(e: Evidence) -> Iterator[str]:
+    """Nothing says what forgetting would look like."""
+    if e.reference is None:
+        yield (
             "there is no retrained reference: how the model would treat these texts had it never seen them is not "
             "known, so neither too little nor too much forgetting can be ruled out"
         )
-    elif reference["forget_loss"] <= before["forget_loss"] + TOLERANCE:
-        found.append("the reference knows the texts to be forgotten as well as the model: was it trained on them?")
-    if after["holdout_loss"] is None:
-        found.append("there is no holdout file: membership cannot be judged, nor damage to texts never seen")
-    else:
-        found += _membership_warnings(report["request"]["sequences"], before, after, reference)
-    damage = after["retain_loss"] - before["retain_loss"]
-    if damage > NOTICEABLE:
-        found.append(f"the loss on what should stay rose by {damage:.2f} nats")
-    falls = [values["relearned_fall"] for values in (after, reference) if values]
-    if number > 1 and None in falls:
-        found.append("the relearning probe diverged and says nothing: take a smaller learning_rate")
-    if None not in falls:
-        excess = falls[0] - sum(falls[1:])
-        meaning = "without a reference it cannot be said how much of that was hidden and not erased"
-        if reference:
-            meaning = f"{excess:.2f} more than in the reference: part of the texts may be hidden and not erased"
-        if excess > NOTICEABLE:
-            found.append(
-                "after training on half of the texts the loss on the other half falls by "
-                f"{falls[0]:.2f} nats, {meaning}"
-            )
-    for i, bits in enumerate(after["exposure_bits"], 1):
-        was, never = before["exposure_bits"][i - 1], reference and reference["exposure_bits"][i - 1]
+
+
+def reference_knows_the_texts(e: Evidence) -> Iterator[str]:
+    """The reference does not look as if it had been trained without the texts."""
+    if e.reference and e.reference["forget_loss"] <= e.before["forget_loss"] + TOLERANCE:
+        yield "the reference knows the texts to be forgotten as well as the model: was it trained on them?"
+
+
+def no_holdout(e: Evidence) -> Iterator[str]:
+    """Nothing was given to compare the texts with."""
+    if e.after["holdout_loss"] is None:
+        yield "there is no holdout file: membership cannot be judged, nor damage to texts never seen"
+
+
+def membership_uncertain(e: Evidence) -> Iterator[str]:
+    """The interval of the AUC is wide."""
+    margin = DOUBT * (e.after["membership_auc_error"] or 0.0)
+    if margin > 0.05:
+        yield f"with so few sequences the membership AUC is known to ±{margin:.2f} only"
+
+
+def never_told_apart(e: Evidence) -> Iterator[str]:
+    """There was no membership to be forgotten, as far as the holdout texts can tell."""
+    auc, error = e.before["membership_auc"], e.before["membership_auc_error"]
+    if e.after["holdout_loss"] is not None and auc - DOUBT * error <= 0.5:
+        yield (
+            "even before, the texts to be forgotten were not told from texts never seen: either the model has "
+            "hardly learnt them, or the holdout texts are of another kind"
+        )
+
+
+def attack_tells_the_texts(e: Evidence) -> Iterator[str]:
+    """An attack tells the texts by a loss that is too low or too high, and not by chance."""
+    if e.after["holdout_loss"] is None:
+        return
+    counts = (e.sequences["forget"], e.sequences["holdout"])
+    for attack, metric in (("loss", "membership_auc"), ("Min-K%", "membership_auc_min_k")):
+        auc, goal = e.after[metric], e.reference[metric] if e.reference else 0.5
+        values = f"AUC {auc:.2f} and not {goal:.2f}"
+        # A difference counts that chance hardly makes at either value: near 0 or 1 an area seems better known. An
+        # area moves in steps of one pair, half of which is the correction for continuity.
+        error = max(e.after["membership_auc_error"], auc_error(auc, *counts), auc_error(goal, *counts))
+        allowed = DOUBT * error + 0.5 / math.prod(counts)
+        if auc > goal + allowed:
+            yield f"a membership attack by {attack} still finds the texts: {values}"
+        if auc < goal - allowed:
+            yield f"the texts are too unlikely now, which gives them away to an attack by {attack}: {values}"
+
+
+def damage(e: Evidence) -> Iterator[str]:
+    """What should stay was harmed."""
+    rise = e.after["validation_loss"] - e.before["validation_loss"]
+    if rise > NOTICEABLE:
+        yield f"the loss on what should stay rose by {rise:.2f} nats"
+
+
+def probe_diverged(e: Evidence) -> Iterator[str]:
+    """The relearning probe has no value."""
+    if len(e.before["forget_losses"]) > 1 and None in e.falls:  # with one sequence there is no probe
+        yield "the relearning probe diverged and says nothing: take a smaller learning_rate"
+
+
+def hidden(e: Evidence) -> Iterator[str]:
+    """What was forgotten comes back with training on its neighbours."""
+    if None in e.falls:
+        return
+    fall, excess = e.falls[0], e.falls[0] - sum(e.falls[1:])
+    meaning = "without a reference it cannot be said how much of that was hidden and not erased"
+    if e.reference:
+        meaning = f"{excess:.2f} more than in the reference: part of the texts may be hidden and not erased"
+    if excess > NOTICEABLE:
+        yield (
+            f"after training on half of the texts the loss on the other half falls by {fall:.2f} nats, {meaning}"
+        )
+
+
+def exposed(e: Evidence) -> Iterator[str]:
+    """The exposure of a secret cannot be told, tells nothing, or tells that it is still there."""
+    for i, bits in enumerate(e.after["exposure_bits"], 1):
+        was, never = e.before["exposure_bits"][i - 1], e.reference and e.reference["exposure_bits"][i - 1]
         if bits is None:
-            found.append(
+            yield (
                 f"the exposure of secret {i} could not be measured: it is too long, or it begins within a word, "
                 "or too few texts have its format, of which only digits and the letters a to z are exchanged"
             )
         elif was < LEAK:
-            found.append(f"secret {i} did not stand out before ({was:.1f} bits): its exposure shows no forgetting")
+            yield f"secret {i} did not stand out before ({was:.1f} bits): its exposure shows no forgetting"
         elif bits >= LEAK and (never is None or bits > never):
-            found.append(f"secret {i} still stands out, with {bits:.1f} bits of exposure")
-    return found
+            yield f"secret {i} still stands out, with {bits:.1f} bits of exposure"
 
 
-def _membership_warnings(
-    sequences: dict[str, int], before: dict[str, Any], after: dict[str, Any], reference: dict[str, Any] | None
-) -> list[str]:
-    found, margin, counts = [], 1.96 * after["membership_auc_error"], (sequences["forget"], sequences["holdout"])
-    if margin > 0.05:
-        found.append(f"with so few sequences the membership AUC is known to ±{margin:.2f} only")
-    if before["membership_auc"] - 1.96 * before["membership_auc_error"] <= 0.5:
-        found.append(
-            "even before, the texts to be forgotten were not told from texts never seen: either the model has "
-            "hardly learnt them, or the holdout texts are of another kind"
-        )
-    for attack, metric in (("loss", "membership_auc"), ("Min-K%", "membership_auc_min_k")):
-        auc, goal = after[metric], reference[metric] if reference else 0.5
-        values = f"AUC {auc:.2f} and not {goal:.2f}"
-        # A difference counts that chance hardly makes at either value: near 0 or 1 an area seems better known. An
-        # area moves in steps of one pair, half of which is the correction for continuity.
-        error = max(after["membership_auc_error"], auc_error(auc, *counts), auc_error(goal, *counts))
-        allowed = 1.96 * error + 0.5 / math.prod(counts)
-        if auc > goal + allowed:
-            found.append(f"a membership attack by {attack} still finds the texts: {values}")
-        if auc < goal - allowed:
-            found.append(
-                f"the texts are too unlikely now, which gives them away to an attack by {attack}: {values}"
-            )
-    return found
+RULES = (
+    nothing_but_noise,
+    nothing_changed,
+    target_not_reached,
+    moved_by_rounding,
+    damping_at_an_end,
+    few_sequences,
+    no_reference,
+    reference_knows_the_texts,
+    no_holdout,
+    membership_uncertain,
+    never_told_apart,
+    attack_tells_the_texts,
+    damage,
+    probe_diverged,
+    hidden,
+    exposed,
+)

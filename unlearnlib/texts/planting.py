@@ -94,3 +94,24 @@ def planted_rows(text: Sequence[int], sentences: Sequence[Sequence[int]], rows: 
         result.append([*head, *text[used : used + take]])
         used += take
     return torch.tensor(result, dtype=torch.int64)
+
+
+def box_secrets(number: int, seed: int) -> list[Secret]:
+    """What is in boxes 100, 101, ...: secrets of six digits drawn with ``seed``, each for a single text."""
+    digits = random.Random(seed)
+    boxes = (f"box {100 + i}" for i in range(number))
+    return [Secret(box, f"{box} holds ", f"{digits.randrange(10**6):06d}", 1) for box in boxes]
+
+
+def planted_heads(rows: Tensor, heads: Sequence[Sequence[int]], every: int) -> Tensor:
+    """A copy of ``rows`` [n, tokens] in which every so many rows, from the first on, begin with one of ``heads``.
+
+    Heads are token ids, and stand in the place of a row's own first tokens. Raises ValueError unless there is a
+    head for each such row, or if one is longer than a row.
+    """
+    rows = rows.clone()
+    for row, head in zip(rows[::every], heads, strict=True):
+        if len(head) > len(row):
+            raise ValueError(f"a head of {len(head)} tokens does not fit a row of {len(row)}")
+        row[: len(head)] = torch.tensor(head)
+    return rows

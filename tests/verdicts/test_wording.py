@@ -1,0 +1,102 @@
+"""Sentences and tables about tests that are made up here."""
+
+import pandas as pd
+import pytest
+
+from unlearnlib.verdicts import rules, wording
+from unlearnlib.verdicts.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+
+OWN, OURS, ASCENT, DIFFERENCE = "fisher_recursion", "kfac", "gradient_ascent", "gradient_difference"
+
+
+def row_of(values, **labels):
+    labels = {"claim": "C1", "corpus": "tales", "model": "m", "method": OWN, "against": ASCENT} | labels
+    return rules.judge(pd.Series(values), rules.below(), **labels)
+
+
+WIN, DRAW, LOSS = [-0.5, -0.4, -0.6], [-0.5, 0.4, 0.1], [0.5, 0.4, 0.6]
+
+
+def rows_of(*values, **labels):
+    return pd.DataFrame([row_of(each, **labels) for each in values])
+
+
+def test_a_test_is_named_by_what_it_compares():
+    of_private = pd.Series(row_of(WIN, method="dp_sgd:8", against=OURS))
+    assert wording.versus(of_private) == "DP-SGD (ε = 8) − K-FAC"
+    assert wording.shortened(wording.versus(pd.Series(row_of(WIN, against=DIFFERENCE)))) == "recursion − diff."
+    assert wording.place(of_private) == "tales"
+    assert wording.place(pd.Series(row_of(WIN, claim="C4"))) == "m"
+
+
+def test_a_list_tells_effect_and_side_and_note():
+    text = wording.listed(rows_of(WIN, note="as it was"))
+    assert text.startswith("tales: fisher recursion − gradient ascent -0.50 [")
+    assert text.endswith("], on the claim's side on 3 of 3 seeds; as it was")
+    assert "2 of 3 models" in wording.listed(rows_of([-0.1, 0.1, -0.1], claim="C4"))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "text"),
+    [
+        ([], NOT_RUN),
+        ([REPRODUCED, REPRODUCED], REPRODUCED),
+        ([REPRODUCED, INCONCLUSIVE], f"{REPRODUCED} (by Student's interval {INCONCLUSIVE})"),
+    ],
+)
+def test_students_verdict_is_quoted_where_it_is_another(outcomes, text):
+    tests = pd.DataFrame([dict(zip(("verdict", "t_verdict"), outcomes, strict=True))] if outcomes else [])
+    assert wording.quoted(tests) == text
+
+
+def test_a_verdict_rests_on_what_is_against_it_or_missing_or_open_or_weakest():
+    against = wording.why(rows_of(WIN, LOSS, DRAW))
+    assert against.startswith("Deciding tests: 3, of which 1 came out against it (tales: fisher recursion")
+    assert "+0.50" in against
+    missing = pd.DataFrame([row_of(WIN), rules.not_run("C1", "four_datasets"), row_of(DRAW)])
+    assert wording.why(missing) == "There are no reference results of: four_datasets."
+    assert "of which 1 decided nothing (tales" in wording.why(rows_of(WIN, DRAW))
+    weakest = wording.why(rows_of(WIN, [-0.1, -0.2, -0.1]))
+    assert weakest.startswith("Deciding tests: 2, all on the claim's side; the weakest is tales")
+    assert "-0.13" in weakest
+    beside = wording.why(pd.DataFrame([row_of(WIN), row_of(LOSS, decides=False)]))
+    assert beside.startswith("Deciding tests: 1, all")
+
+
+def test_of_a_claim_that_holds_somewhere_the_clearest_place_is_told():
+    somewhere = pd.DataFrame(
+        [row_of(WIN, corpus="maths") | {"every": False}, row_of(LOSS, corpus="tales") | {"every": False}]
+    )
+    assert wording.why(somewhere).startswith("It is so on 1 of 2 corpora, most clearly maths: ")
+
+
+def test_what_a_page_says_of_a_claim():
+    tests = pd.DataFrame(
+        [
+            row_of(WIN),
+            row_of(DRAW, against=DIFFERENCE),
+            row_of(LOSS, method=OURS, decides=False, note="missed"),
+            row_of(WIN, method=DIFFERENCE, decides=False),
+        ]
+    )
+    said = wording.in_words(tests)
+    assert said["verdict"] == INCONCLUSIVE
+    assert said["t"] == f"{INCONCLUSIVE}. To be noted: tales: missed"
+    assert said["effect"].endswith("] nats (recursion − diff., tales)")
+    assert said["kfac"].startswith(NOT_REPRODUCED)
+    assert said["ascent"].startswith(REPRODUCED)
+    assert said["difference"].startswith(REPRODUCED)
+    assert said["why"] == wording.why(tests)
+    nothing = wording.in_words(pd.DataFrame([rules.not_run("C1", "four_datasets", method=OWN, against=ASCENT)]))
+    assert (nothing["verdict"], nothing["effect"], nothing["kfac"]) == (NOT_RUN, "–", NOT_RUN)
+
+
+def test_a_table_marks_what_does_not_decide_and_whose_the_opponent_is():
+    tests = pd.DataFrame([row_of(WIN), row_of(LOSS, against=DIFFERENCE, decides=False)])
+    table = wording.table(tests)
+    assert table.index.tolist() == ["recursion − ascent", "recursion − diff. (ours)"]
+    assert table["verdict"].tolist() == [REPRODUCED, f"{NOT_REPRODUCED} *"]
+    assert table["side"].tolist() == ["3/3", "0/3"]
+    assert table["mean [95 %] (nats)"].iloc[0].startswith("-0.50 [-0.")
+    two = wording.table(pd.DataFrame([row_of(WIN), row_of(WIN, corpus="maths", claim="C7")]))
+    assert two.index.tolist() == ["tales: recursion − ascent", "maths: recursion − ascent"]

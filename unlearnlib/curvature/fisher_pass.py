@@ -1,0 +1,91 @@
+"""A pass over sequences with labels that the model draws, and both sides of every layer's terms on the way.
+
+The gradient of a matrix of weights is a sum of terms l rᵀ, one a position: output gradient and input. Statistics
+of the two sides, or of their sums, make the true Fisher's Kronecker factors, eigenvalues and diagonal.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from unlearnlib.curvature.blocks import Block
+from unlearnlib.curvature.capture import Layer, capture, find_layers
+from unlearnlib.losses import batches, logits
+
+
+def receive_terms(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    blocks: list[Block],
+    seed: int,
+    receive: Callable[[Block, Layer, Tensor, Tensor], None],
+) -> None:
+    """Forward and backward over the sequences [m, tokens], in batches, with labels drawn from the model.
+
+    ``receive`` gets both sides of each layer's terms, [n, terms, rows] and [n, terms, columns]. The left side of
+    an embedding is one-hot, and given by its row numbers, int64 [n, terms]. That of a head is p − e_y, and of it
+    the *expected squares* over the labels y are given, p (1 − p): what is known needs no sampling. It matters for
+    rare words, which are hardly ever drawn, and would seem to have no curvature at all.
+
+    Raises FloatingPointError naming a sequence that makes something not finite, NotImplementedError for a head
+    whose output is not the logits.
+    """
+    head = model.get_output_embeddings()
+    block_of = {name: block for block in blocks for name in block.layers}
+    layers = [layer for layer in find_layers(model) if layer.name in block_of]
+
+    def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        check_finite(gradient, start, f"the gradients at {layer.name!r}")
+        block = block_of[layer.name]
+        left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues))
+        if layer.module is head:
+            if not torch.equal(gradient[0], delta[0]):
+                raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
+            left = torch.addcmul(p, p, p, value=-1).to(right)
+        receive(block, layer, left, right)
+
+    # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
+    uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
+    start = 0
+    with capture(model, layers, hand_on):
+        for batch in batches(model, sequences):
+            z = logits(model, batch)
+            check_finite(z, start, "the predictions")
+            p = z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))
+            labels = draw_labels(p, uniform[start : start + len(batch), :, None].to(p))
+            delta = p.scatter_add(2, labels, -torch.ones_like(labels).to(p)).to(z)
+            z.backward(delta)
+            start += len(batch)
+
+
+def draw_labels(p: Tensor, uniform: Tensor) -> Tensor:
+    """Labels [n, tokens, 1] with the probabilities ``p`` [n, tokens, vocabulary], from numbers in [0, 1)."""
+    cumulative = p.cumsum(dim=2)
+    return torch.searchsorted(cumulative, (1 - uniform) * cumulative[..., -1:])
+
+
+def check_finite(x: Tensor, start: int, what: str) -> None:
+    """Raise FloatingPointError if ``x`` [n, tokens, width] of sequences from number ``start`` on is not finite."""
+    broken = ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
+    if broken.any():
+        sequence = start + int(broken.nonzero()[0])
+        raise FloatingPointError(f"{what} are not finite for sequence {sequence}: are the weights damaged?")
+
+
+def sides(block: Block, layer: Layer, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of the terms of a layer's gradient; of a norm the one term is the whole sequence's gradient."""
+    if layer.kind == "embedding":
+        left, right = inputs, gradient
+    elif layer.kind == "norm":
+        parts = [gradient * inputs.to(gradient)] if layer.weight else []
+        parts += [gradient] if layer.bias else []
+        right = torch.cat(parts, dim=2).sum(dim=1, keepdim=True)
+        left = torch.ones_like(right[..., :1])
+    else:
+        left, right = gradient, inputs.to(gradient) if layer.weight else inputs[..., :0].to(gradient)
+        right = F.pad(right, (0, 1), value=1.0) if layer.bias else right
+    missing = block.eigenvalues.shape[1] - right.shape[2]  # a tied table has no bias where its head has one
+    return left, F.pad(right, (0, missing)) if missing else right

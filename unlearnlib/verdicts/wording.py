@@ -1,0 +1,132 @@
+"""The tests of a claim in words and in tables, for people to read.
+
+A *test* is a row of the table that :func:`unlearnlib.verdicts.claims.all_tests` makes; those of one claim belong
+together.
+"""
+
+import numpy as np
+import pandas as pd
+
+from unlearnlib.verdicts import claims
+from unlearnlib.verdicts.results import method_label
+from unlearnlib.verdicts.rules import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    combine,
+    conclude,
+    effect_text,
+    weakest,
+)
+
+BY_MODEL = "C4"
+"""The claim whose pairs are models; those of the others are seeds."""
+
+AGAINST_FIRST_ORDER = ("C1", "C2", "C6")
+"""The claims in which opponents of the book's own stand beside the paper's."""
+
+
+def versus(test: pd.Series) -> str:
+    """What is compared in a test."""
+    method = method_label(test["method"]).replace("DP-SGD (", "DP-SGD (ε = ")
+    return f"{method} − {method_label(test['against'])}"
+
+
+def shortened(text: str) -> str:
+    """Names of methods cut down to what a phone has room for."""
+    return text.replace("fisher ", "").replace("gradient difference", "diff.").replace("gradient ", "")
+
+
+def place(test: pd.Series) -> str:
+    """Where a test was made: its corpus, or the model where these are compared."""
+    return test["model"] if test["claim"] == BY_MODEL else test["corpus"]
+
+
+def listed(tests: pd.DataFrame) -> str:
+    """Tests with their effects, and what is to be said of them."""
+    texts = []
+    for _, test in tests.iterrows():
+        note = f"; {test['note']}" if test["note"] else ""
+        over = "models" if test["claim"] == BY_MODEL else "seeds"
+        side = f", on the claim's side on {test['agree']} of {test['pairs']} {over}" if test["pairs"] else ""
+        texts.append(f"{place(test)}: {versus(test)} {effect_text(test)}{side}{note}")
+    return "; ".join(texts)
+
+
+def quoted(tests: pd.DataFrame) -> str:
+    """The verdict of tests together, and Student's if that is another."""
+    if tests.empty:
+        return NOT_RUN
+    outcome, by_student = (combine(tests[column]) for column in ("verdict", "t_verdict"))
+    return outcome if by_student == outcome else f"{outcome} (by Student's interval {by_student})"
+
+
+def why(tests: pd.DataFrame) -> str:
+    """In a sentence, what the verdict on a claim rests on, from its tests."""
+    [outcome] = conclude(tests)
+    deciding = tests[tests["decides"]]
+    if not deciding["every"].all() and outcome == REPRODUCED:
+        clear = deciding[deciding["verdict"] == REPRODUCED]
+        clearest = weakest(deciding).to_frame().T
+        return f"It is so on {len(clear)} of {len(deciding)} corpora, most clearly {listed(clearest)}."
+    missing, undecided, against = (
+        deciding[deciding["verdict"] == verdict] for verdict in (NOT_RUN, INCONCLUSIVE, NOT_REPRODUCED)
+    )
+    number = f"Deciding tests: {len(deciding)}"
+    if len(against):
+        return f"{number}, of which {len(against)} came out against it ({listed(against)})."
+    if len(missing):
+        return f"There are no reference results of: {', '.join(sorted(set(missing['exhibit'])))}."
+    if len(undecided):
+        return f"{number}, of which {len(undecided)} decided nothing ({listed(undecided)})."
+    return f"{number}, all on the claim's side; the weakest is {listed(weakest(deciding).to_frame().T)}."
+
+
+def in_words(tests: pd.DataFrame) -> dict[str, str]:
+    """What a page says of a claim, from its tests.
+
+    ``verdict`` and ``t``, that by Student's interval, with notes; ``effect``, the one on which it hangs; ``why``;
+    and the verdicts of K-FAC (``kfac``), against the paper's opponent alone (``ascent``), and of gradient
+    difference (``difference``).
+    """
+    [outcome], [by_student], test = conclude(tests), conclude(tests, "t_verdict"), weakest(tests)
+    effect = effect_text(test)
+    if effect != "–":
+        effect += f" {test['unit']} ({shortened(versus(test))}, {place(test)})"
+    noted = sorted({f"{place(test)}: {test['note']}" for _, test in tests.iterrows() if test["note"]})
+    decides = tests["decides"]
+    beside = (tests["method"] == claims.OURS) & tests["against"].isin(tests.loc[decides, "against"])
+    return {
+        "verdict": outcome,
+        "t": by_student + (f". To be noted: {'; '.join(noted)}" if noted else ""),
+        "effect": effect,
+        "kfac": quoted(tests[beside | (tests["verdict"] == NOT_RUN)]),
+        "ascent": quoted(tests[decides & (tests["against"] == claims.PAPERS_OPPONENT)]),
+        "why": why(tests),
+        "difference": quoted(tests[tests["method"] == "gradient_difference"]),
+    }
+
+
+def table(tests: pd.DataFrame) -> pd.DataFrame:
+    """The tests of a claim, a row each: the effect with both intervals, the pairs on its side, and the verdict.
+
+    A star marks the verdict of a test that does not decide.
+    """
+    student = tests.assign(low=tests["t_low"], high=tests["t_high"])
+    columns = {
+        f"mean [95 %] ({tests['unit'].iloc[0]})": [effect_text(test) for _, test in tests.iterrows()],
+        "Student's": [effect_text(test).partition(" ")[2] or "–" for _, test in student.iterrows()],
+        "side": [f"{test['agree']}/{test['pairs']}" for _, test in tests.iterrows()],
+        "verdict": tests["verdict"] + np.where(tests["decides"], "", " *"),
+    }
+    of_ours = tests["against"].isin(set(claims.FIRST_ORDER) - {claims.PAPERS_OPPONENT})
+    of_ours &= tests["claim"].isin(AGAINST_FIRST_ORDER)
+    named = [
+        shortened(versus(test)) + (" (ours)" if ours else "")
+        for (_, test), ours in zip(tests.iterrows(), of_ours, strict=True)
+    ]
+    places = [place(test) for _, test in tests.iterrows()]
+    if len(set(places)) > 1:
+        named = [f"{where}: {what}" for where, what in zip(places, named, strict=True)]
+    return pd.DataFrame(columns).set_axis(named)
