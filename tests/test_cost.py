@@ -103,12 +103,6 @@ def test_an_error_of_the_function_comes_through_and_leaves_no_trace():
     assert peak(lambda: torch.ones(1000)) == 4_000
 
 
-def test_a_process_of_its_own_gives_results_and_errors_back():
-    assert cost.in_own_process(os.getpid) != os.getpid()
-    with pytest.raises(ZeroDivisionError):
-        cost.in_own_process(divmod, 1, 0)
-
-
 def test_a_meter_sees_memory_that_comes_and_goes():
     with cost.Meter("cpu") as meter:
         held = torch.ones(2**25)
@@ -179,6 +173,12 @@ def test_an_error_within_leaves_no_thread_and_no_count_behind():
         raise ZeroDivisionError
     mean_loss(tiny_model(), random_sequences(3))
     assert passes == Passes()
+
+
+def test_a_process_of_its_own_gives_results_and_errors_back():
+    assert cost.in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        cost.in_own_process(divmod, 1, 0)
 
 
 def test_a_plain_pass_is_one_forward_and_one_backward_pass(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from helpers import TINY, random_sequences, tiny_model
 
 from unlearnlib import weights
-from unlearnlib.experiment import case, profiles
+from unlearnlib.experiment import case, chapters, profiles
 from unlearnlib.models import loading, training
 from unlearnlib.models.training import Run, Training
 from unlearnlib.texts.corpora import load_corpus
@@ -13,20 +13,21 @@ from unlearnlib.texts.sequences import make_splits, train_tokenizer
 
 
 @pytest.mark.parametrize("name", profiles.PROFILES)
-def test_real_model_takes_a_pretrained_model_with_its_own_tokenizer(name):
-    settings = profiles.real_model(profiles.get_profile(name))
+def test_the_real_model_is_pretrained_with_its_own_tokenizer(name):
+    settings, _ = chapters.chapter("real_model", name)
     assert isinstance(settings.model, str)
     assert settings.vocabulary is None
     assert settings.name == name
     assert settings.corpus == "tales"
-    other = profiles.real_model(settings, "some/model@main", 3)
-    assert (other.model, other.last_blocks) == ("some/model@main", 3)
-    assert other.forget == settings.forget
+    unchanged, _ = chapters.chapter("real_model", name, model=None, last_blocks=None)
+    assert unchanged == settings
+    other, _ = chapters.chapter("real_model", name, seeds=7, model="some/model@main", last_blocks=3)
+    assert other == dataclasses.replace(settings, model="some/model@main", last_blocks=3, seeds=tuple(range(7)))
 
 
 @pytest.mark.parametrize("name", profiles.PROFILES)
 def test_the_tales_hold_enough_text_for_every_real_model(name):
-    settings = profiles.real_model(profiles.get_profile(name))
+    settings, _ = chapters.chapter("real_model", name)
     corpus = load_corpus("tales")
     # A tokenizer of 4,096 entries makes some more tokens of a text than one of 50,000, but not twice as many.
     tokenizer = train_tokenizer(corpus["text"], 4096)
@@ -71,7 +72,7 @@ def test_a_model_of_two_blocks_has_no_other_number_to_train(number):
 
 
 def test_a_case_trains_all_its_models_alike():
-    settings = profiles.real_model(profiles.get_profile("quick"))
+    settings, _ = chapters.chapter("real_model", "quick")
     sequences = random_sequences(4)
     splits = case.Splits(
         sequences[:1], sequences[1:3], sequences[3:], {n: [] for n in ("forget", "retain", "holdout")}

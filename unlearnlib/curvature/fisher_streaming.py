@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.column_pass import ColumnPass
 from unlearnlib.curvature.fisher import power_gain
-from unlearnlib.curvature.protocol import check_damping
+from unlearnlib.curvature.protocol import check_damping, in_full_precision
 from unlearnlib.losses import batches, sequence_losses
 from unlearnlib.weights import Vector, mean_gradient
 
@@ -57,6 +57,7 @@ class StreamingFisher:
         """(F + λI)⁻¹ v."""
         return self.power(v, -1.0, damping)
 
+    @in_full_precision
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(F + λI)^p v, by the formula of ``FisherDual``."""
         check_damping(damping)

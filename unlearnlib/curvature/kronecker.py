@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature.blocks import Block, find_blocks
 from unlearnlib.curvature.capture import Layer
 from unlearnlib.curvature.fisher_pass import receive_terms
-from unlearnlib.curvature.protocol import check_damping, take
+from unlearnlib.curvature.protocol import check_damping, in_full_precision, take
 from unlearnlib.weights import Vector
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -48,6 +48,7 @@ class Kronecker:
         """(C + λI)⁻¹ v, damped in the eigenbasis."""
         return self.power(v, -1.0, damping)
 
+    @in_full_precision
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(C + λI)^p v for any real p."""
         check_damping(damping)

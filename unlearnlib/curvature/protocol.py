@@ -1,8 +1,11 @@
 """What every curvature can do: three methods, so that an unlearning method is a few lines over any of them."""
 
+import functools
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from unlearnlib.weights import Vector
@@ -23,6 +26,20 @@ class Curvature(Protocol):
 
     def power(self, v: Vector, exponent: float, damping: float) -> Vector:
         """(C + λI)^p v for any real exponent p; p = -1 is :meth:`solve`, p = -1/2 or -1/4 shapes noise."""
+
+
+def in_full_precision(method: Callable[..., Vector]) -> Callable[..., Vector]:
+    """Make a method of a curvature, whose first argument is a vector, multiply in the formats of its tensors.
+
+    Also where :func:`torch.autocast` would round: what is divided by a small λ must not have been rounded before.
+    """
+
+    @functools.wraps(method)
+    def precise(self: Curvature, v: Vector, *settings: Any, **named: Any) -> Vector:
+        with torch.autocast(next(iter(v.values())).device.type, enabled=False):
+            return method(self, v, *settings, **named)
+
+    return precise
 
 
 def check_damping(damping: float) -> None:

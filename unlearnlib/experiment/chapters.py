@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
-from unlearnlib.models.loading import small_llama, small_opt
+from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
 # The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
@@ -64,6 +64,41 @@ PRIVATE = {
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
     "left_out_seeds": {"maths": (4,)},
+}
+
+# A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
+# first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
+REAL_MODEL = {
+    "corpus": "tales",
+    "vocabulary": None,
+    "steps": 2,
+    "learning_rate": 2e-5,
+    "m_factors": 96,
+    "m_dual": 64,
+    "grids": {
+        "fisher_diagonal:expected": (1e-6, 1e-5, 1e-4),
+        "kfac": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
+        "fisher_dual": (1e-5, 1e-3, 1e-1),
+    },
+    "methods": (
+        "finetuned",
+        "gradient_ascent",
+        "gradient_difference",
+        "fisher_dual",
+        "fisher_diagonal:expected",
+        "kfac",
+        "kfac:damped",
+        "kfac:refreshed",
+        "kfac:held",
+        "fisher_forgetting",
+    ),
+    "compared": ("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"),
+    "deep": {"rounding": True, "extraction": 32},
+    "rounded": 32,  # sequences on which number formats are compared
+    "timed": 16,  # sequences of a pass that is timed
+    "elsewhere": 48,  # sequences of each other corpus
+    "relearning_steps": 12,
+    "relearning_rate": 2e-5,
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -151,6 +186,48 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "more": (512,),
         },
     },
+    "real_model": {
+        "quick": REAL_MODEL
+        | {
+            "model": SMOLLM2,
+            "last_blocks": 4,
+            "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
+            "length": 24,
+            "forget": 12,
+            "retain": 40,
+            "holdout": 12,
+            "seeds": 1,
+            "learning_rate": 5e-4,
+            "m_factors": 35,
+            "grids": {"kfac": (1e-6, 1e-4)},
+            "methods": REAL_MODEL["compared"],
+            "deep": {},
+            "rounded": 8,
+            "timed": 8,
+            "elsewhere": 6,
+            "relearning_steps": 3,
+            "relearning_rate": 5e-5,
+        },
+        "cpu": REAL_MODEL
+        | {
+            "model": SMOLLM2,
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
+            "length": 64,
+            "forget": 32,
+            "retain": 224,
+            "holdout": 96,
+            "seeds": 2,
+        },
+        "gpu": REAL_MODEL
+        | {
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
+            "length": 128,
+            "forget": 64,
+            "retain": 384,
+            "holdout": 128,
+            "seeds": 3,
+        },
+    },
     "four_datasets": {
         "quick": {
             "corpora": "reuters,tales,socialiqa,maths",
@@ -206,15 +283,17 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
         "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
     },
+    "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
 }
 
 
 def chapter(
-    name: str, profile: str, corpus: str | None = None, seeds: int | None = None
+    name: str, profile: str, corpus: str | None = None, seeds: int | None = None, **changes: Any
 ) -> tuple[Profile, SimpleNamespace]:
     """The profile as the chapter called ``name`` uses it, and the chapter's own settings.
 
-    ``corpus`` and ``seeds`` take the place of the profile's and the chapter's where they are given.
+    ``corpus``, ``seeds`` and other fields of the profile, ``changes``, take the place of the profile's and the
+    chapter's where they are given and not None.
     Raises ValueError as :func:`unlearnlib.experiment.profiles.get_profile`, and for an unknown chapter.
     """
     if name not in CHAPTERS:
@@ -225,6 +304,7 @@ def chapter(
     left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
     entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
-    changes = {key: value for key, value in entries.items() if key in fields}
+    entries |= {key: value for key, value in changes.items() if value is not None}
+    changed = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}
-    return dataclasses.replace(settings, **changes), SimpleNamespace(**own)
+    return dataclasses.replace(settings, **changed), SimpleNamespace(**own)

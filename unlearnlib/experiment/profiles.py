@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from unlearnlib.models.loading import SMOLLM2, small_gpt2, small_llama, small_opt
+from unlearnlib.models.loading import small_gpt2, small_llama, small_opt
 from unlearnlib.models.training import Training
 from unlearnlib.texts.corpora import CORPORA
 
@@ -49,7 +49,7 @@ QUICK = Profile(
 )
 
 # The small models of quick with more repetitions (chapters add methods and settings), so that what quick shows is
-# a part of the reference results; the real language model of `real_model` is trained and edited as a whole.
+# a part of the reference results.
 CPU = dataclasses.replace(QUICK, name="cpu", seeds=(0, 1, 2, 3, 4))
 
 GPU = Profile(
@@ -99,56 +99,6 @@ def on_second_corpus(settings: Profile, seeds: int) -> Profile:
         holdout=min(settings.holdout, 256),
         seeds=tuple(range(seeds)),
     )
-
-
-# What the experiment with a real language model changes in each profile.
-REAL_MODELS: dict[str, dict[str, Any]] = {
-    "quick": {
-        "model": SMOLLM2,
-        "length": 24,
-        "forget": 12,
-        "retain": 40,
-        "holdout": 12,
-        "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
-        "seeds": (0,),
-        "relearning_steps": 3,
-        "relearning_rate": 5e-5,
-        "last_blocks": 4,
-    },
-    "cpu": {
-        "model": SMOLLM2,
-        "length": 64,
-        "forget": 32,
-        "retain": 224,
-        "holdout": 96,
-        "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
-        "seeds": (0, 1),
-        "relearning_steps": 12,
-        "relearning_rate": 2e-5,
-    },
-    "gpu": {
-        "length": 128,
-        "forget": 64,
-        "retain": 384,
-        "holdout": 128,
-        "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
-        "seeds": (0, 1, 2),
-        "relearning_steps": 12,
-        "relearning_rate": 2e-5,
-    },
-}
-
-
-def real_model(settings: Profile, model: str | None = None, last_blocks: int | None = None) -> Profile:
-    """The experiment with a real language model: a few tales, fine-tuned on until it knows them by heart.
-
-    ``model``, a hub id or a folder, takes the place of the profile's own, which is SmolLM2-135M except on a GPU;
-    ``last_blocks`` that of the number of blocks that are trained and edited, which is small in quick.
-    """
-    own = REAL_MODELS[settings.name]
-    changes = {"model": model, "last_blocks": last_blocks}
-    changes = own | {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(settings, corpus="tales", vocabulary=None, **changes)
 
 
 HUB_ARCHITECTURES = {

@@ -1,0 +1,212 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unlearnlib import weights
+from unlearnlib.curvature import fisher, kronecker
+from unlearnlib.experiment import case as one_case
+from unlearnlib.experiment import chapters, profiles, real_model
+from unlearnlib.experiment.report import Report
+from unlearnlib.measures import extraction
+from unlearnlib.methods import matching
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
+from unlearnlib.texts import corpora
+
+ROWS = [{"text": f"{i} ships with {i % 7} masts each; how many masts, on day {i % 4}?"} for i in range(20, 420)]
+OTHER = ["Bread is dear.", "The mill has no wind.", "Nobody answered the door all winter.", "Salt keeps."]
+# A quick profile has neither all methods nor the measures that take long: here everything is small instead.
+ALL = chapters.chapter("real_model", "cpu")[1].methods
+DAMPINGS = {"fisher_diagonal:expected": (1e-3,), "kfac": (1e-4, 1e-2), "fisher_dual": (1e-2,)}
+SIZES = {"m_factors": 10, "m_dual": 6}
+STEPS, RATE = 2, 3e-3
+PROFILE = dataclasses.replace(
+    profiles.PROFILES["quick"],
+    corpus="toy",
+    model=loading.small_opt(300, hidden_size=16, layers=2, heads=2),
+    vocabulary=300,
+    length=24,
+    forget=6,
+    retain=32,
+    holdout=8,
+    training=Training(epochs=30, learning_rate=1e-2),
+    seeds=(0, 1),
+    relearning_steps=1,
+    last_blocks=1,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy(tmp_path_factory):
+    """Small corpora, and a cache of its own for the models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(corpora.CORPORA, "toy", lambda: [dict(row) for row in ROWS])
+        patch.setitem(corpora.ABOUT, "toy", corpora.About("sums", "none", "here"))
+        for name in ("reuters", "socialiqa", "maths"):
+            patch.setitem(corpora.CORPORA, name, lambda name=name: [{"text": name + text} for text in 20 * OTHER])
+        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return one_case.make_cases(PROFILE)
+
+
+def report_of(case, **deep):
+    return Report(case, case.retrained(), shares=(1.0,), **deep)
+
+
+@pytest.fixture(scope="module")
+def first(cases):
+    """The first case, with everything chosen and every method run."""
+    case = cases[0]
+    unlearner = real_model.Unlearner(
+        report_of(case, rounding=True, extraction=7), real_model.builders(case, **SIZES)
+    )
+    tables = {method: unlearner.sweep(method, grid) for method, grid in DAMPINGS.items()}
+    unlearner.chosen["kfac:damped"] = 1e-1
+    unlearner.run(ALL, STEPS, RATE, keep=("gradient_ascent", "kfac", "kfac:damped"))
+    return unlearner, tables
+
+
+def loss(model, sequences):
+    """Mean of per-sequence means, by the textbook call."""
+    logits = model(input_ids=sequences).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean()
+
+
+def row(vector):
+    return weights.flatten(vector)
+
+
+def values_of(report, method):
+    return {entry["metric"]: entry["value"] for entry in report.rows if entry["method"] == method}
+
+
+def test_curvatures_are_of_so_many_sequences_in_32_bits(cases):
+    model, rows = cases[0].original(), cases[0].estimation
+    alone = {
+        "fisher_dual": fisher.FisherDual(fisher.sequence_gradients(model, rows[:6])),
+        "fisher_diagonal:expected": kronecker.diagonal_fisher(model, rows[:10]),
+        "kfac": kronecker.kfac(model, rows[:10]),
+    }
+    v = weights.random_vector(weights.parameters(model), torch.Generator().manual_seed(0))
+    builds = real_model.builders(cases[0], **SIZES)
+    assert builds.keys() == alone.keys()
+    for method, build in builds.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            C = build(model)
+        torch.testing.assert_close(row(C.solve(v, 1e-2)), row(alone[method].solve(v, 1e-2)), rtol=1e-3, atol=1e-3)
+
+
+def test_formats_are_compared_with_what_32_bits_give(cases):
+    model, forget = cases[0].original(), cases[0].splits.forget
+    cosines, change = real_model.compare_formats(model, forget, cases[0].estimation[:8], dampings=(1e-1, 1e-6))
+    live = list(weights.parameters(model).values())
+
+    def flat_gradient():
+        value = loss(model, forget)
+        return value.item(), torch.cat([g.flatten() for g in torch.autograd.grad(value, live)])
+
+    exact, gradient = flat_gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, rounded = flat_gradient()
+    assert change == pytest.approx(abs(rough - exact), rel=0.1, abs=1e-4)
+    assert cosines.iloc[0] == pytest.approx(torch.cosine_similarity(gradient, rounded, dim=0).item(), abs=1e-4)
+    # The smaller λ is, the more of the factors' rounding is in the step.
+    assert cosines.iloc[2] < cosines.iloc[1] < 1
+
+
+def test_sweeps_choose_and_keep_the_step_of_the_best(first, cases):
+    unlearner, tables = first
+    for method, grid in DAMPINGS.items():
+        table = tables[method]
+        assert table["setting"].tolist() == list(grid)
+        reached = table[table["reached"]]
+        assert unlearner.chosen[method] == reached["setting"][reached["excess"].idxmin()]
+    direction = unlearner.factors.solve(unlearner.forget_gradient, unlearner.chosen["kfac"])
+    assert torch.equal(row(unlearner.direction("kfac")), row(direction))
+    model = cases[0].original()
+    gradient = torch.autograd.grad(loss(model, cases[0].splits.forget), list(weights.parameters(model).values()))
+    expected = torch.cat([g.flatten() for g in gradient])
+    torch.testing.assert_close(row(unlearner.direction("gradient_ascent")), expected)
+
+
+def test_all_methods_get_to_the_target(first):
+    report = first[0].report
+    assert list(report.matches) == list(ALL)
+    for method, match in report.matches.items():
+        assert match.reached == (method != "finetuned"), method
+        assert (abs(match.loss - report.target) <= matching.TOLERANCE) == match.reached
+        assert values_of(report, method)["strength"] == match.strength
+        assert {"forget_loss_4bit", "extraction_el10", "relearned_nats"} <= values_of(report, method).keys()
+    assert report.matches["finetuned"].strength == 10
+
+
+def test_the_deep_measures_are_those_of_the_model(first):
+    unlearner, _ = first
+    weights.set_weights(unlearner.model, unlearner.kept["kfac"])
+    share = extraction.extraction_likelihood(unlearner.model, unlearner.case.splits.forget, stride=7)
+    measured = values_of(unlearner.report, "kfac")
+    assert measured["extraction_el10"] == share
+    assert measured["forget_loss"] == pytest.approx(loss(unlearner.model, unlearner.case.splits.forget).item())
+
+
+def test_variants_of_kfac_differ_in_what_they_say(first):
+    unlearner, _ = first
+    ends = {method: values_of(unlearner.report, method)["holdout_loss"] for method in ALL if "kfac" in method}
+    assert len({round(value, 6) for value in ends.values()}) == 4  # best λ, damped, refreshed and held
+    held = unlearner.path("kfac:held", STEPS, RATE)
+    assert not held.refresh
+    assert torch.equal(held.hold, unlearner.case.estimation)
+    refreshed = unlearner.path("kfac:refreshed", STEPS, RATE)
+    assert refreshed.refresh
+    assert refreshed.hold is None
+    assert refreshed.build(unlearner.model) is unlearner.factors  # for the first step
+    assert refreshed.build(unlearner.model) is not unlearner.factors
+
+
+def test_noise_is_a_tenth_of_kfacs_step(first):
+    unlearner, _ = first
+    moved = row(unlearner.kept["kfac"]) - row(unlearner.start)
+    noise = row(unlearner.noisy_start()) - row(unlearner.start)
+    assert (noise.norm() / moved.norm()).item() == pytest.approx(real_model.NOISE_SHARE, rel=1e-3)
+
+
+def test_later_cases_take_what_the_first_has_chosen(first, cases):
+    chosen = first[0].chosen
+    other = real_model.Unlearner(report_of(cases[1]), real_model.builders(cases[1], **SIZES), chosen)
+    other.run(("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"), STEPS, RATE)
+    assert all(match.reached for match in other.report.matches.values())
+    assert other.kept == {}
+    step = other.factors.solve(other.forget_gradient, chosen["kfac:damped"])
+    assert torch.equal(row(other.direction("kfac:damped")), row(step))
+    assert torch.equal(row(weights.snapshot(other.model)), row(other.start))
+
+
+def test_the_kept_models_are_listened_to_one_by_one(first, cases):
+    unlearner, _ = first
+    forget, target = cases[0].splits.forget, unlearner.report.target
+    losses = unlearner.of_each(lambda model: loss(model, forget).item())
+    assert list(losses) == ["original", "retrained", "gradient_ascent", "kfac", "kfac:damped"]
+    assert losses.pop("original") == pytest.approx(loss(cases[0].original(), forget).item())
+    assert losses.pop("retrained") == pytest.approx(target)
+    assert all(abs(value - target) <= 1.1 * matching.TOLERANCE for value in losses.values())
+    assert torch.equal(row(weights.snapshot(unlearner.model)), row(unlearner.start))
+
+
+def test_other_corpora_are_cut_as_the_case_is(cases):
+    samples = real_model.elsewhere(cases[0], 3)
+    assert list(samples) == ["reuters", "socialiqa", "maths"]
+    for name, sample in samples.items():
+        assert sample.shape == (3, PROFILE.length)
+        assert cases[0].tokenizer.decode(sample[0]).startswith(f"{name}Bread is dear.")
+
+
+def test_the_bill_is_of_three_things(first):
+    bill = first[0].bill(4)
+    assert list(bill) == ["request", "factors", "plain"]
+    assert all(spent.seconds > 0 and spent.peak_bytes > 0 for spent in bill.values())
