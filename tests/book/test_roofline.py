@@ -7,7 +7,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib import cost
 from unlearnlib.book.roofline import Machine, Route, Shape, Stage, routes
-from unlearnlib.curvature import fisher, fisher_streaming, kronecker, newton
+from unlearnlib.curvature import (
+    fisher_diagonal,
+    fisher_dual,
+    fisher_dual_streaming,
+    fisher_recursion,
+    kronecker,
+    newton,
+    per_sequence_gradients,
+)
 from unlearnlib.losses import sequence_losses
 from unlearnlib.methods import first_order
 from unlearnlib.models import loading
@@ -81,8 +89,8 @@ def test_gradients_and_products_are_counted_exactly(case):
         "gradient": lambda: cost.plain_pass(model, sequences),
         "gauss_newton_product": lambda: newton.GaussNewton(model, sequences).matvec(v),
         "hessian_product": lambda: newton.Hessian(model, sequences).matvec(v),
-        "sequence_gradients": lambda: fisher.sequence_gradients(model, sequences),
-        "fisher_diagonal": lambda: fisher.FisherDiagonal(model, sequences),
+        "sequence_gradients": lambda: per_sequence_gradients.sequence_gradients(model, sequences),
+        "fisher_diagonal": lambda: fisher_diagonal.FisherDiagonal(model, sequences),
     }
     for method, function in found.items():
         assert executed(function) == theory[method].stages[0].flops, method
@@ -129,7 +137,7 @@ class Operations(TorchDispatchMode):
 def test_the_gram_matrix_is_counted_as_it_is_executed(m):
     gradients = torch.zeros(m, SHAPE.d // 16)
     with Operations() as seen:
-        fisher.gram(gradients)
+        fisher_dual.gram(gradients)
     assert routes(SHAPE, m, forget=M)["fisher_dual"].stages[0].flops == seen.flops / gradients.shape[1] * SHAPE.d
 
 
@@ -161,27 +169,27 @@ def test_recursions_work_in_the_format_of_the_gradients():
     model = loading.load_model(
         loading.small_opt(32, hidden_size=4, layers=1, heads=2, context=8), device="cpu", dtype=torch.bfloat16
     )
-    gradients = fisher.sequence_gradients(model, torch.ones(2, 4, dtype=torch.int64))
-    assert gradients.dtype == fisher.FisherRecursion(gradients, 4).inverse(0.1).dtype == torch.bfloat16
+    gradients = per_sequence_gradients.sequence_gradients(model, torch.ones(2, 4, dtype=torch.int64))
+    assert gradients.dtype == fisher_recursion.FisherRecursion(gradients, 4).inverse(0.1).dtype == torch.bfloat16
 
 
 def test_memory_is_predicted(case):
     model, sequences, v = case
-    gradients, budget = fisher.sequence_gradients(model, sequences), 2**20
+    gradients, budget = per_sequence_gradients.sequence_gradients(model, sequences), 2**20
     theory = routes(SHAPE, M, forget=M, block=16, budget=budget)
     factors = kronecker.kfac(model, sequences)
     found = {
         "gradient": lambda: cost.plain_pass(model, sequences),
         "gauss_newton_product": lambda: newton.GaussNewton(model, sequences).matvec(v),
         "hessian_product": lambda: newton.Hessian(model, sequences).matvec(v),
-        "sequence_gradients": lambda: fisher.sequence_gradients(model, sequences),
-        "fisher_recursion": lambda: fisher.FisherRecursion(gradients, 16).inverse(0.1),
-        "fisher_recursion:unrolled": lambda: fisher.unrolled_recursion(gradients, flatten(v), 0.1),
-        "fisher_dual": lambda: fisher.FisherDual(gradients).solve(v, 0.1),
-        "fisher_dual:streaming": lambda: fisher_streaming.StreamingFisher(model, sequences, budget, v).solve(
+        "sequence_gradients": lambda: per_sequence_gradients.sequence_gradients(model, sequences),
+        "fisher_recursion": lambda: fisher_recursion.FisherRecursion(gradients, 16).inverse(0.1),
+        "fisher_recursion:unrolled": lambda: fisher_recursion.unrolled_recursion(gradients, flatten(v), 0.1),
+        "fisher_dual": lambda: fisher_dual.FisherDual(gradients).solve(v, 0.1),
+        "fisher_dual:streaming": lambda: fisher_dual_streaming.StreamingFisher(model, sequences, budget, v).solve(
             v, 0.1
         ),
-        "fisher_diagonal": lambda: fisher.FisherDiagonal(model, sequences),
+        "fisher_diagonal": lambda: fisher_diagonal.FisherDiagonal(model, sequences),
         "kfac": lambda: kronecker.kfac(model, sequences),
         "ekfac": lambda: kronecker.ekfac(model, sequences),
         "kfac:request": lambda: factors.solve(first_order.ascent_direction(model, sequences), 0.1),

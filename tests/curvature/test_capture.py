@@ -8,7 +8,7 @@ from helpers import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
 from unlearnlib import losses, weights
-from unlearnlib.curvature import capture
+from unlearnlib.curvature import capture, per_sequence_gradients
 from unlearnlib.losses import mean_loss, sequence_losses, token_losses
 from unlearnlib.models import loading
 
@@ -47,7 +47,7 @@ def test_every_sequence_gets_its_own_gradient(architecture):
     )
     sequences = random_sequences(5)
     tolerance = 1e-5 if architecture in SINGLE else 1e-10
-    same(capture.gradients_by_name(model, sequences), by_autograd(model, sequences), tolerance)
+    same(per_sequence_gradients.gradients_by_name(model, sequences), by_autograd(model, sequences), tolerance)
 
 
 def test_any_loss_of_single_sequences_will_do():
@@ -55,7 +55,7 @@ def test_any_loss_of_single_sequences_will_do():
         return token_losses(model, batch).amax(dim=1).square()
 
     model, sequences = tiny_model("gpt2"), random_sequences(4)
-    same(capture.gradients_by_name(model, sequences, worst), by_autograd(model, sequences, worst))
+    same(per_sequence_gradients.gradients_by_name(model, sequences, worst), by_autograd(model, sequences, worst))
 
 
 def test_batches_are_cut_by_the_memory_that_gradients_take(monkeypatch):
@@ -63,16 +63,16 @@ def test_batches_are_cut_by_the_memory_that_gradients_take(monkeypatch):
     sizes = [8 * p.numel() for p in weights.parameters(model).values()]  # float64
 
     def lengths(whole=False):
-        return [len(batch) for batch in capture.gradient_batches(model, sequences, whole)]
+        return [len(batch) for batch in per_sequence_gradients.gradient_batches(model, sequences, whole)]
 
     assert lengths() == [32, 8]
-    monkeypatch.setattr(capture, "GRADIENT_BYTES", 2 * 15 * max(sizes))
+    monkeypatch.setattr(per_sequence_gradients, "GRADIENT_BYTES", 2 * 15 * max(sizes))
     assert lengths() == [15, 15, 10]
-    monkeypatch.setattr(capture, "GRADIENT_BYTES", 21 * sum(sizes) - 1)
+    monkeypatch.setattr(per_sequence_gradients, "GRADIENT_BYTES", 21 * sum(sizes) - 1)
     assert lengths(whole=True) == [20, 20]
     monkeypatch.setattr(losses, "MOST_SEQUENCES", 30)
     assert lengths() == [30, 10]
-    monkeypatch.setattr(capture, "GRADIENT_BYTES", 0)
+    monkeypatch.setattr(per_sequence_gradients, "GRADIENT_BYTES", 0)
     assert lengths() == 40 * [1]
 
 
@@ -80,13 +80,13 @@ def test_a_parameter_that_takes_no_part_and_a_broken_gradient_are_named():
     model, sequences = tiny_model(), random_sequences(3)
     model.vision = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match=r"'vision\.weight' takes no part in the loss"):
-        capture.gradients_by_name(model, sequences)
+        per_sequence_gradients.gradients_by_name(model, sequences)
 
     def broken(model, batch):
         return sequence_losses(model, batch) * torch.tensor([1.0, math.inf, 1.0])
 
     with pytest.raises(FloatingPointError, match="gradient of sequence 11 is not finite"):
-        capture.each_gradient(tiny_model(), sequences, broken, lambda *_: None, first=10)
+        per_sequence_gradients.each_gradient(tiny_model(), sequences, broken, lambda *_: None, first=10)
 
 
 def test_a_tied_weight_is_in_two_layers_and_a_frozen_one_in_none():
@@ -97,7 +97,10 @@ def test_a_tied_weight_is_in_two_layers_and_a_frozen_one_in_none():
     assert sorted(tied) == ["embedding", "linear"]
     model.model.decoder.embed_tokens.weight.requires_grad_(False)
     model.model.decoder.layers[0].fc1.bias.requires_grad_(False)
-    same(capture.gradients_by_name(model, random_sequences(3)), by_autograd(model, random_sequences(3)))
+    same(
+        per_sequence_gradients.gradients_by_name(model, random_sequences(3)),
+        by_autograd(model, random_sequences(3)),
+    )
 
 
 def test_a_padding_row_is_refused():

@@ -7,7 +7,7 @@ from helpers import random_sequences, tiny_model
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.curvature import fisher
+from unlearnlib.curvature import fisher_diagonal, fisher_dual, fisher_recursion, per_sequence_gradients
 from unlearnlib.losses import sequence_losses
 from unlearnlib.models import loading
 
@@ -57,7 +57,7 @@ def check(curvature, matrix, v, damping=DAMPING):
 
 def test_dual_is_the_whole_matrix(gradients, v):
     for damping in (10.0, DAMPING, 1e-4):
-        check(fisher.FisherDual(gradients), explicit(gradients), v, damping)
+        check(fisher_dual.FisherDual(gradients), explicit(gradients), v, damping)
 
 
 @pytest.mark.parametrize("case", ["more gradients than weights", "one of them twice", "all zero"])
@@ -68,36 +68,36 @@ def test_dual_whatever_the_rank(case, gradients, v):
         gradients = torch.cat([gradients, gradients[:1]])
     else:
         gradients = torch.zeros_like(gradients)
-    check(fisher.FisherDual(gradients), explicit(gradients), v)
+    check(fisher_dual.FisherDual(gradients), explicit(gradients), v)
 
 
 def test_eigenvalues_of_the_dual_are_those_of_the_matrix(gradients):
     expected = torch.linalg.eigvalsh(explicit(gradients))
-    torch.testing.assert_close(fisher.FisherDual(gradients).eigenvalues, expected[-M:])
+    torch.testing.assert_close(fisher_dual.FisherDual(gradients).eigenvalues, expected[-M:])
     assert expected[:-M].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 22, 23, 1000])
 def test_recursion_is_the_matrix_of_blocks(block_size, gradients, v):
-    check(fisher.FisherRecursion(gradients, block_size), explicit(gradients, block_size), v)
+    check(fisher_recursion.FisherRecursion(gradients, block_size), explicit(gradients, block_size), v)
 
 
 def test_recursion_over_several_chunks(gradients, v, monkeypatch):
-    monkeypatch.setattr(fisher.FisherRecursion, "chunk", 50)
-    check(fisher.FisherRecursion(gradients, 5), explicit(gradients, 5), v)
+    monkeypatch.setattr(fisher_recursion.FisherRecursion, "chunk", 50)
+    check(fisher_recursion.FisherRecursion(gradients, 5), explicit(gradients, 5), v)
 
 
 def test_recursion_answers_for_the_damping_it_is_asked_for(gradients, v):
-    curvature = fisher.FisherRecursion(gradients, 5)
+    curvature = fisher_recursion.FisherRecursion(gradients, 5)
     for damping in (0.1, 1.0, 0.1):
         check(curvature, explicit(gradients, 5), v, damping)
 
 
 def test_unrolled_recursion_is_the_recursion_and_the_dual(gradients, v):
     row = weights.flatten(v)
-    ours = fisher.unrolled_recursion(gradients, row, DAMPING)
+    ours = fisher_recursion.unrolled_recursion(gradients, row, DAMPING)
     torch.testing.assert_close(ours, torch.linalg.inv(explicit(gradients) + DAMPING * torch.eye(D)) @ row)
-    for other in (fisher.FisherRecursion(gradients, D), fisher.FisherDual(gradients)):
+    for other in (fisher_recursion.FisherRecursion(gradients, D), fisher_dual.FisherDual(gradients)):
         torch.testing.assert_close(ours, weights.flatten(other.solve(v, DAMPING)))
 
 
@@ -107,7 +107,7 @@ def test_single_precision_holds_at_small_damping(v):
     gradients = gradients.float()
     expected = matrix_power(explicit(gradients.double()), -1.0, 1e-6) @ weights.flatten(v)
     single = {name: x.float() for name, x in v.items()}
-    ours = weights.flatten(fisher.FisherDual(gradients).solve(single, 1e-6))
+    ours = weights.flatten(fisher_dual.FisherDual(gradients).solve(single, 1e-6))
     assert ours.dtype == torch.float32
     assert (ours - expected).norm() < 1e-4 * expected.norm()
 
@@ -115,7 +115,7 @@ def test_single_precision_holds_at_small_damping(v):
 def test_everything_stays_on_the_device_of_the_gradients():
     gradients = torch.zeros(M, D, device="meta")
     v = {name: torch.zeros(x.shape, device="meta") for name, x in LIKE.items()}
-    for curvature in (fisher.FisherDual(gradients), fisher.FisherRecursion(gradients, 5)):
+    for curvature in (fisher_dual.FisherDual(gradients), fisher_recursion.FisherRecursion(gradients, 5)):
         for result in (curvature.matvec(v), curvature.solve(v, 1.0), curvature.power(v, -0.5, 1.0)):
             assert all(x.is_meta and x.shape == v[name].shape for name, x in result.items())
 
@@ -126,9 +126,9 @@ def test_everything_stays_on_the_device_of_the_gradients():
 def test_effective_rank_of_all_sequences_is_that_of_their_matrix(gradients):
     s = torch.linalg.eigvalsh(explicit(gradients))
     expected = (s.sum().square() / s.square().sum()).item()
-    assert fisher.effective_rank(gradients @ gradients.T, M) == pytest.approx(expected)
+    assert fisher_dual.effective_rank(gradients @ gradients.T, M) == pytest.approx(expected)
     orthogonal = torch.diag(torch.full((M,), 3.0))
-    assert fisher.effective_rank(orthogonal @ orthogonal, M) == pytest.approx(M)
+    assert fisher_dual.effective_rank(orthogonal @ orthogonal, M) == pytest.approx(M)
 
 
 def test_effective_rank_of_a_sample_is_right_on_average_for_the_set_and_for_the_population(gradients):
@@ -137,17 +137,17 @@ def test_effective_rank_of_a_sample_is_right_on_average_for_the_set_and_for_the_
     gram = g @ g.T
     expected = explicit(g).square().sum().item()
     subsets = [list(chosen) for chosen in itertools.combinations(range(M), 4)]
-    of_set = [1 / fisher.effective_rank(gram[chosen][:, chosen], M) for chosen in subsets]
+    of_set = [1 / fisher_dual.effective_rank(gram[chosen][:, chosen], M) for chosen in subsets]
     assert sum(of_set) / len(of_set) == pytest.approx(expected)
     draws = [list(chosen) for chosen in itertools.product(range(M), repeat=3)]
-    of_population = [1 / fisher.effective_rank(gram[chosen][:, chosen]) for chosen in draws]
+    of_population = [1 / fisher_dual.effective_rank(gram[chosen][:, chosen]) for chosen in draws]
     assert sum(of_population) / len(of_population) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("m", "number"), [(1, None), (4, 3)])
 def test_effective_rank_needs_a_sample(m, number):
     with pytest.raises(ValueError, match=f"not {m}"):
-        fisher.effective_rank(torch.eye(m), number)
+        fisher_dual.effective_rank(torch.eye(m), number)
 
 
 # Gradients
@@ -169,8 +169,10 @@ def test_gradients_are_those_of_single_sequences(architecture):
     model, sequences = tiny_model(architecture), random_sequences(4)
     model.get_input_embeddings().weight.requires_grad_(False)
     expected = textbook_gradients(model, sequences)
-    torch.testing.assert_close(fisher.sequence_gradients(model, sequences), expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fisher.sequence_gradients(model, sequences, number=3), expected[:3])
+    torch.testing.assert_close(
+        per_sequence_gradients.sequence_gradients(model, sequences), expected, rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(per_sequence_gradients.sequence_gradients(model, sequences, number=3), expected[:3])
 
 
 def test_diagonal_is_the_diagonal():
@@ -180,7 +182,7 @@ def test_diagonal_is_the_diagonal():
     row = weights.flatten(v)
     for number, chosen in ((None, rows), (3, rows[:3])):
         diagonal = chosen.square().mean(dim=0)
-        curvature = fisher.FisherDiagonal(model, sequences, number)
+        curvature = fisher_diagonal.FisherDiagonal(model, sequences, number)
         for ours, theirs in (
             (curvature.matvec(v), diagonal * row),
             (curvature.solve(v, DAMPING), row / (diagonal + DAMPING)),
@@ -211,7 +213,9 @@ def test_sampled_labels_give_the_true_fisher(monkeypatch):
     expected = torch.zeros_like(true)
     for labels in itertools.product(range(vocabulary), repeat=tokens):
         monkeypatch.setattr(torch, "multinomial", lambda *_, labels=labels, **__: torch.tensor(labels)[:, None])
-        g = fisher.sequence_gradients(model, sequence, loss=fisher.sampled_losses(torch.Generator()))[0]
+        g = per_sequence_gradients.sequence_gradients(
+            model, sequence, loss=per_sequence_gradients.sampled_losses(torch.Generator())
+        )[0]
         expected += math.prod(p[t, label].item() for t, label in enumerate(labels)) * torch.outer(g, g)
     assert true.abs().max() > 1e-6
     torch.testing.assert_close(expected, true, rtol=1e-9, atol=1e-12)
@@ -223,7 +227,8 @@ def test_labels_are_drawn_from_the_model_and_by_the_generator():
         model.lm_head.weight.mul_(20)  # far from uniform, so that drawing uniformly would show
         log_p = model(input_ids=sequences[:1]).logits[0, :-1].log_softmax(1)
         first, again, other = (
-            fisher.sampled_losses(torch.Generator().manual_seed(seed))(model, sequences) for seed in (0, 0, 1)
+            per_sequence_gradients.sampled_losses(torch.Generator().manual_seed(seed))(model, sequences)
+            for seed in (0, 0, 1)
         )
     entropies = -(log_p.exp() * log_p).sum(dim=1)
     tokens = len(log_p)
@@ -239,7 +244,7 @@ def test_labels_are_drawn_from_the_model_and_by_the_generator():
 
 def test_more_gradients_than_sequences_is_an_error():
     model, sequences = tiny_model(), random_sequences(3)
-    for make in (fisher.sequence_gradients, fisher.FisherDiagonal):
+    for make in (per_sequence_gradients.sequence_gradients, fisher_diagonal.FisherDiagonal):
         for number in (4, 0):
             with pytest.raises(ValueError, match=rf"m = {number} of 3 sequences: choose m from 1 to 3"):
                 make(model, sequences, number)
@@ -253,7 +258,7 @@ def test_a_gradient_that_is_not_finite_names_its_sequence():
     def loss(model, batch):
         return sequence_losses(model, batch) / (batch != 39).all(dim=1)
 
-    for make in (fisher.sequence_gradients, fisher.FisherDiagonal):
+    for make in (per_sequence_gradients.sequence_gradients, fisher_diagonal.FisherDiagonal):
         with pytest.raises(FloatingPointError, match="gradient of sequence 3 is not finite"):
             make(model, sequences, loss=loss)
 
@@ -263,17 +268,17 @@ def test_damping_must_be_positive(damping, gradients, v):
     model = tiny_model()
     model_v = weights.snapshot(model)
     for curvature, vector in (
-        (fisher.FisherDual(gradients), v),
-        (fisher.FisherRecursion(gradients, 5), v),
-        (fisher.FisherDiagonal(model, random_sequences(2)), model_v),
+        (fisher_dual.FisherDual(gradients), v),
+        (fisher_recursion.FisherRecursion(gradients, 5), v),
+        (fisher_diagonal.FisherDiagonal(model, random_sequences(2)), model_v),
     ):
         for call in (curvature.solve, lambda v, damping, c=curvature: c.power(v, -0.5, damping)):
             with pytest.raises(ValueError, match="damping must be positive"):
                 call(vector, damping)
     with pytest.raises(ValueError, match="damping must be positive"):
-        fisher.unrolled_recursion(gradients, weights.flatten(v), damping)
+        fisher_recursion.unrolled_recursion(gradients, weights.flatten(v), damping)
 
 
 def test_a_block_needs_a_weight(gradients):
     with pytest.raises(ValueError, match="block size must be at least 1, not 0"):
-        fisher.FisherRecursion(gradients, 0)
+        fisher_recursion.FisherRecursion(gradients, 0)

@@ -8,7 +8,7 @@ from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from torch import nn
 
 from unlearnlib import losses, weights
-from unlearnlib.curvature import blocks, fisher_pass, kronecker
+from unlearnlib.curvature import fisher_pass, kronecker, kronecker_blocks
 from unlearnlib.losses import logits, token_losses
 from unlearnlib.models import loading
 
@@ -313,7 +313,7 @@ def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size(monkeypat
             found[layer.name] = found.get(layer.name, 0) + right.square().sum()
             sizes.append(len(right))
 
-        fisher_pass.receive_terms(model, sequences, blocks.find_blocks(model), 0, receive)
+        fisher_pass.receive_terms(model, sequences, kronecker_blocks.find_blocks(model), 0, receive)
         sums.append(found)
         largest.append(max(sizes))
     assert largest == [7, 32]

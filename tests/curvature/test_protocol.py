@@ -3,10 +3,10 @@ import torch
 from helpers import random_sequences, tiny_model
 
 from unlearnlib import weights
-from unlearnlib.curvature import fisher_streaming, kronecker
+from unlearnlib.curvature import fisher_dual_streaming, kronecker
 
 SEQUENCES = random_sequences(6, seed=5)
-CURVATURES = {"kfac": kronecker.kfac, "streaming": fisher_streaming.StreamingFisher}
+CURVATURES = {"kfac": kronecker.kfac, "streaming": fisher_dual_streaming.StreamingFisher}
 
 
 @pytest.mark.parametrize("name", CURVATURES)

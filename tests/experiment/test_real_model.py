@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.curvature import fisher, kronecker
+from unlearnlib.curvature import fisher_dual, kronecker, per_sequence_gradients
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment import chapters, profiles, real_model
 from unlearnlib.experiment.report import Report
@@ -89,7 +89,7 @@ def values_of(report, method):
 def test_curvatures_are_of_so_many_sequences_in_32_bits(cases):
     model, rows = cases[0].original(), cases[0].estimation
     alone = {
-        "fisher_dual": fisher.FisherDual(fisher.sequence_gradients(model, rows[:6])),
+        "fisher_dual": fisher_dual.FisherDual(per_sequence_gradients.sequence_gradients(model, rows[:6])),
         "fisher_diagonal:expected": kronecker.diagonal_fisher(model, rows[:10]),
         "kfac": kronecker.kfac(model, rows[:10]),
     }

@@ -11,7 +11,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.curvature import capture
+from unlearnlib.curvature import per_sequence_gradients
 from unlearnlib.losses import mean_loss, sequence_losses
 from unlearnlib.methods import dp_sgd
 from unlearnlib.methods.dp_sgd import PrivateRun
@@ -59,7 +59,7 @@ def first_step(monkeypatch, run, model):
 @pytest.mark.parametrize("budget", [2**30, 0])  # of memory: all at once, and one sequence at a time
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_noise_the_gradient_is_the_sum_of_clipped_ones(architecture, budget, monkeypatch):
-    monkeypatch.setattr(capture, "GRADIENT_BYTES", budget)
+    monkeypatch.setattr(per_sequence_gradients, "GRADIENT_BYTES", budget)
     model = tiny_model(architecture)
     start = copy.deepcopy(model)
     # Llama's norm rounds to float32, whatever we ask for.

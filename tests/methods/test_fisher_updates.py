@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unlearnlib import weights
-from unlearnlib.curvature import blocks, fisher, kronecker
+from unlearnlib.curvature import (
+    fisher_diagonal,
+    fisher_dual,
+    fisher_recursion,
+    kronecker,
+    kronecker_blocks,
+    per_sequence_gradients,
+)
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import fisher_updates
 from unlearnlib.models import loading
@@ -33,9 +40,11 @@ START = weights.snapshot(MODEL)
 FORGET, RETAIN = random_sequences(6, seed=1), random_sequences(12, seed=2)
 D = weights.flatten(START).numel()
 CURVATURES = {
-    "dual": lambda model: fisher.FisherDual(fisher.sequence_gradients(model, RETAIN)),
-    "recursion": lambda model: fisher.FisherRecursion(fisher.sequence_gradients(model, RETAIN), 10),
-    "diagonal": lambda model: fisher.FisherDiagonal(model, RETAIN),
+    "dual": lambda model: fisher_dual.FisherDual(per_sequence_gradients.sequence_gradients(model, RETAIN)),
+    "recursion": lambda model: fisher_recursion.FisherRecursion(
+        per_sequence_gradients.sequence_gradients(model, RETAIN), 10
+    ),
+    "diagonal": lambda model: fisher_diagonal.FisherDiagonal(model, RETAIN),
     "kfac": lambda model: kronecker.kfac(model, RETAIN),
 }
 
@@ -201,7 +210,7 @@ def test_the_exponents_are_optimal_for_their_residuals(exponent, moment):
 
     for _ in range(5):
         optimizer.step(closure)
-    dual = fisher.FisherDual(5**0.5 * (u * s.sqrt()).T)  # F = h - λI, were it not for λ
+    dual = fisher_dual.FisherDual(5**0.5 * (u * s.sqrt()).T)  # F = h - λI, were it not for λ
     noise_root = torch.stack(
         [dual.power({"w": e}, exponent, 1e-12)["w"] for e in torch.eye(5, dtype=torch.float64)], dim=1
     )
@@ -222,7 +231,7 @@ def test_steps_along_one_direction_are_one_step(model):
     assert match.reached
     moved = row_of(weights.snapshot(model)) - row_of(START)
     delta = gradient_at(row_of(START), FORGET)
-    gradients = fisher.sequence_gradients(restart(model), RETAIN)
+    gradients = per_sequence_gradients.sequence_gradients(restart(model), RETAIN)
     matrix = gradients.T @ gradients / len(gradients) + DAMPING * torch.eye(D, dtype=torch.float64)
     direction = torch.linalg.solve(matrix, delta)
     assert torch.cosine_similarity(moved, direction, dim=0) > 1 - 1e-10
@@ -370,7 +379,7 @@ def test_bad_settings_are_refused(curvature, model):
 def test_everything_stays_on_the_device_of_the_curvature():
     blank = loading.load_model(loading.small_opt(40, hidden_size=16, layers=2, heads=2), device="meta")
     like = weights.snapshot(blank)
-    curvature = kronecker.Kronecker(blocks.find_blocks(blank))
+    curvature = kronecker.Kronecker(kronecker_blocks.find_blocks(blank))
     for result in (
         fisher_updates.removal_direction(curvature, like, 1.0),
         fisher_updates.held_direction(curvature, like, like, 1.0),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from unlearnlib.curvature.capture import GRADIENT_BYTES
+from unlearnlib.curvature.per_sequence_gradients import GRADIENT_BYTES
 from unlearnlib.losses import MOST_LOGITS
 
 

@@ -1,21 +1,11 @@
 """The matrix C of second-order methods, by every route that does not form it; all share one protocol."""
 
-from unlearnlib.curvature.blocks import Block
 from unlearnlib.curvature.column_pass import ColumnPass
 from unlearnlib.curvature.column_sums import ColumnSums
-from unlearnlib.curvature.fisher import (
-    FisherDiagonal,
-    FisherDual,
-    FisherRecursion,
-    effective_rank,
-    gram,
-    power_gain,
-    sampled_losses,
-    sequence_gradients,
-    sherman_morrison,
-    unrolled_recursion,
-)
-from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
+from unlearnlib.curvature.fisher_dual import FisherDual, effective_rank, gram, power_gain
+from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_recursion import FisherRecursion, sherman_morrison, unrolled_recursion
 from unlearnlib.curvature.kronecker import (
     Kronecker,
     diagonal_fisher,
@@ -25,6 +15,7 @@ from unlearnlib.curvature.kronecker import (
     layer_factors,
     second_moments,
 )
+from unlearnlib.curvature.kronecker_blocks import Block
 from unlearnlib.curvature.krylov import (
     Lanczos,
     NegativeCurvature,
@@ -35,6 +26,7 @@ from unlearnlib.curvature.krylov import (
 )
 from unlearnlib.curvature.newton import GaussNewton, Hessian, Outputs, cost_in_gradients
 from unlearnlib.curvature.output_layer import OutputLayer
+from unlearnlib.curvature.per_sequence_gradients import sampled_losses, sequence_gradients
 from unlearnlib.curvature.protocol import Curvature
 
 __all__ = [

@@ -2,13 +2,12 @@
 
 The gradient of a linear layer's weights is a sum over positions of outer products: of the output gradient δ and
 the input a. Whoever has both, sequence by sequence, has every sequence's own gradient from a single backward
-pass: :func:`gradients_by_name` puts them together. Statistics can be formed layer by layer, without ever holding
-all of it.
+pass (:mod:`unlearnlib.curvature.per_sequence_gradients`). Statistics can be formed layer by layer, without ever
+holding all of it.
 """
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,15 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from unlearnlib.losses import batches, sequence_losses
-from unlearnlib.weights import Vector, parameters
-
-GRADIENT_BYTES = 2**30
-"""How much the gradients of single sequences may take that are held at a time, where all may not be needed."""
-
-SequenceLoss = Callable[[PreTrainedModel, Tensor], Tensor]
-"""One loss a sequence of a batch: from the model and sequences [n, tokens] to [n]."""
 
 
 @dataclass(frozen=True)
@@ -185,88 +175,6 @@ def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor
     ):
         raise _unsupported(layer.name, module, f"is not the plain {layer.kind} layer that it seems to be")
     return inputs, scale
-
-
-def layer_gradients(layer: Layer, inputs: Tensor, gradient: Tensor) -> Vector:
-    """Gradients of the layer's own parameters, sequence by sequence: name to [n, *shape of the parameter].
-
-    For a tied weight this is the part of one of its two layers.
-    """
-    parts = {}
-    if layer.weight is not None:
-        if layer.kind == "linear":
-            left, right = (inputs, gradient) if layer.transposed else (gradient, inputs)
-            parts[layer.weight] = torch.einsum("nti,ntj->nij", left, right)
-        elif layer.kind == "norm":
-            parts[layer.weight] = (gradient * inputs).sum(dim=1)
-        else:
-            table = gradient.new_zeros(len(gradient), *layer.module.weight.shape)
-            sequence = torch.arange(len(gradient), device=gradient.device)[:, None]
-            table.index_put_((sequence, inputs), gradient, accumulate=True)
-            parts[layer.weight] = table
-    if layer.bias is not None:
-        parts[layer.bias] = gradient.sum(dim=1)
-    return parts
-
-
-def gradients_by_name(model: PreTrainedModel, batch: Tensor, loss: SequenceLoss = sequence_losses) -> Vector:
-    """Every sequence's own gradient of ``loss``, from one backward pass: name to [n, *shape of the parameter].
-
-    ``batch`` [n, tokens] is one of :func:`gradient_batches`. Raises as :func:`each_gradient`.
-    """
-    gradients: Vector = {}
-    each_gradient(model, batch, loss, gradients.__setitem__)
-    return {name: gradients[name] for name in parameters(model)}
-
-
-def each_gradient(
-    model: PreTrainedModel,
-    batch: Tensor,
-    loss: SequenceLoss,
-    receive: Callable[[str, Tensor], None],
-    first: int = 0,
-) -> None:
-    """Call ``receive`` with each parameter's name and gradients [n, *shape], as soon as a backward pass has them.
-
-    That is when all its uses are added up, which for a tied weight may be at the end. ``loss`` passes the batch
-    [n, tokens] through the model once; its first sequence has the number ``first`` in what is raised:
-    FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError as
-    :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no part in the loss.
-    """
-    layers = find_layers(model)
-    missing = Counter(name for layer in layers for name in (layer.weight, layer.bias) if name)
-    waiting: Vector = {}
-
-    def add(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-        for name, part in layer_gradients(layer, inputs, gradient).items():
-            missing[name] -= 1
-            total = waiting.pop(name).add_(part) if name in waiting else part
-            if missing[name]:
-                waiting[name] = total
-                continue
-            precise = torch.promote_types(total.dtype, torch.float32)
-            finite = total.flatten(start_dim=1).sum(dim=1, dtype=precise).isfinite()
-            if not finite.all():
-                bad = first + int((~finite).nonzero()[0])
-                raise FloatingPointError(f"the gradient of sequence {bad} is not finite: are the weights damaged?")
-            receive(name, total)
-
-    with capture(model, layers, add):
-        loss(model, batch).sum().backward()
-    unused = [name for name, uses in missing.items() if uses]
-    if unused:
-        raise RuntimeError(f"{unused[0]!r} takes no part in the loss: freeze it with requires_grad_(False)")
-
-
-def gradient_batches(model: PreTrainedModel, sequences: Tensor, whole: bool = False) -> tuple[Tensor, ...]:
-    """The sequences [n, tokens] cut into batches whose gradients take no more than :data:`GRADIENT_BYTES`.
-
-    Counted are ``whole`` gradients, or of a parameter at a time those of its two uses. A batch has at least one
-    sequence, and no more than one of :func:`unlearnlib.losses.batches`.
-    """
-    sizes = [p.numel() * p.element_size() for p in parameters(model).values()]
-    number = GRADIENT_BYTES // (sum(sizes) if whole else 2 * max(sizes))
-    return sequences.split(max(1, min(number, len(batches(model, sequences)[0]))))
 
 
 def _unsupported(name: str, module: nn.Module, why: str) -> NotImplementedError:

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unlearnlib.curvature.capture import Layer, capture, find_layers, layer_gradients
+from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.column_sums import ColumnSums
 from unlearnlib.curvature.output_layer import OutputLayer, find_output_layer
+from unlearnlib.curvature.per_sequence_gradients import layer_gradients
 from unlearnlib.losses import check_length
 from unlearnlib.weights import Vector
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.blocks import Block
 from unlearnlib.curvature.capture import Layer, capture, find_layers
+from unlearnlib.curvature.kronecker_blocks import Block
 from unlearnlib.losses import batches, logits
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.blocks import Block, find_blocks
 from unlearnlib.curvature.capture import Layer
 from unlearnlib.curvature.fisher_pass import receive_terms
+from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
 from unlearnlib.curvature.protocol import check_damping, in_full_precision, take
 from unlearnlib.weights import Vector
 

@@ -3,8 +3,11 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.fisher import FisherDiagonal, FisherDual, FisherRecursion, sequence_gradients
+from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
+from unlearnlib.curvature.fisher_dual import FisherDual
+from unlearnlib.curvature.fisher_recursion import FisherRecursion
 from unlearnlib.curvature.kronecker import Kronecker, kfac
+from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.methods.fisher_updates import Build
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.cost import Cost, measure, plain_pass
-from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker import Kronecker, diagonal_fisher, from_factors, kfac, layer_factors
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from unlearnlib.cost import Cost, Meter, plain_pass
-from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.methods.first_order import ascent_direction
 from unlearnlib.models.loading import SMOLLM2, load_model, load_tokenizer, parameter_count
 from unlearnlib.texts.corpora import load_corpus

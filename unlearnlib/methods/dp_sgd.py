@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from unlearnlib import cache, cost
-from unlearnlib.curvature import capture
+from unlearnlib.curvature import per_sequence_gradients
 from unlearnlib.losses import check_length, sequence_losses
 from unlearnlib.methods.privacy import ORDERS, Privacy, noise_multiplier
 from unlearnlib.models import loading, training
@@ -91,7 +91,7 @@ def clipped_sum(model: PreTrainedModel, batch: Tensor, length: float) -> tuple[V
     """The sum over the batch [n, tokens] of every sequence's own gradient, clipped to ``length``; and losses [n].
 
     g min(1, C/‖g‖), where g is of the mean token loss in nats. The batch may be empty. Raises as
-    :func:`unlearnlib.curvature.capture.each_gradient`.
+    :func:`unlearnlib.curvature.per_sequence_gradients.each_gradient`.
     """
     live = parameters(model)
     total, seen = {name: torch.zeros_like(p) for name, p in live.items()}, [torch.empty(0)]
@@ -101,8 +101,8 @@ def clipped_sum(model: PreTrainedModel, batch: Tensor, length: float) -> tuple[V
         seen.append(losses.detach().cpu())
         return losses
 
-    for part in capture.gradient_batches(model, batch, whole=True) if len(batch) else ():
-        gradients = capture.gradients_by_name(model, part, loss)
+    for part in per_sequence_gradients.gradient_batches(model, batch, whole=True) if len(batch) else ():
+        gradients = per_sequence_gradients.gradients_by_name(model, part, loss)
         lengths = torch.stack([g.flatten(start_dim=1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
         factors = (length / lengths).clamp(max=1)
         for name, g in gradients.items():
@@ -145,7 +145,14 @@ def train_private(model: PreTrainedModel, run: PrivateRun) -> list[float]:
 
 
 # What a private model depends on besides training.CODE: a change to any of these trains every one again.
-CODE = (PrivateRun, noise_multiplier, clipped_sum, train_private, capture.each_gradient, capture.layer_gradients)
+CODE = (
+    PrivateRun,
+    noise_multiplier,
+    clipped_sum,
+    train_private,
+    per_sequence_gradients.each_gradient,
+    per_sequence_gradients.layer_gradients,
+)
 
 
 def load_private(run: PrivateRun, device: torch.device | str | None = None) -> PreTrainedModel:

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unlearnlib.curvature.capture import GRADIENT_BYTES, find_layers
+from unlearnlib.curvature.capture import find_layers
 from unlearnlib.curvature.column_pass import least_numbers
+from unlearnlib.curvature.per_sequence_gradients import GRADIENT_BYTES
 from unlearnlib.losses import MOST_SEQUENCES, batches
 from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature import kronecker
-from unlearnlib.curvature.fisher import FisherDiagonal
-from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
+from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import matching

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.column_pass import ColumnPass
-from unlearnlib.curvature.fisher import power_gain
+from unlearnlib.curvature.fisher_dual import power_gain
 from unlearnlib.curvature.protocol import check_damping, in_full_precision
 from unlearnlib.losses import batches, sequence_losses
 from unlearnlib.weights import Vector, mean_gradient

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearnlib import losses, weights
 from unlearnlib.curvature import column_pass
-from unlearnlib.curvature.fisher import FisherDual, sequence_gradients
-from unlearnlib.curvature.fisher_streaming import StreamingFisher
+from unlearnlib.curvature.fisher_dual import FisherDual
+from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
+from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.losses import log_probabilities, sequence_losses
 from unlearnlib.models import loading
 

@@ -1,0 +1,90 @@
+"""Blocks of the Fisher matrix, inverted by the recursion of WoodFisher (Singh & Alistarh 2020).
+
+F = (1/m) Σ gᵢ gᵢᵀ = GᵀG/m over m sequences, where gᵢ, row i of G [m, d], is the gradient of sequence i's own loss.
+Columns of G are in the order of :func:`unlearnlib.weights.flatten`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unlearnlib.curvature.protocol import check_damping
+from unlearnlib.weights import Vector, flatten, unflatten
+
+
+class FisherRecursion:
+    """Fisher blocks inverted by the recursion of WoodFisher (Singh & Alistarh 2020), a gradient at a time.
+
+    ``gradients`` is G [m, d]. Of F only the diagonal blocks of ``block_size`` neighbouring weights are kept, the
+    last of which may be smaller; ``block_size >= d`` keeps all of F. The recursion starts from I/λ, so each λ
+    runs it afresh, in O(m d block_size) time; the inverse of the last λ is kept, d · block_size numbers.
+    """
+
+    chunk = 2**18  # entries of inverses at work at a time: few enough to stay in a processor's cache
+
+    def __init__(self, gradients: Tensor, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"the block size must be at least 1, not {block_size}")
+        m, self.d = gradients.shape
+        size = min(block_size, self.d)
+        # Zeros after the last weight: they couple to nothing, so a last block that is shorter stays exact.
+        self.blocks = torch.nn.functional.pad(gradients, (0, -self.d % size)).view(m, -1, size).transpose(0, 1)
+        self._inverse: tuple[float, Tensor] | None = None
+
+    def matvec(self, v: Vector) -> Vector:
+        """F v, block by block."""
+        return self._apply(lambda rows: self.blocks.mT @ (self.blocks @ rows) / self.blocks.shape[1], v)
+
+    def solve(self, v: Vector, damping: float) -> Vector:
+        """(F + λI)⁻¹ v, with the recursion's inverse."""
+        return self._apply(lambda rows: self.inverse(damping) @ rows, v)
+
+    def power(self, v: Vector, exponent: float, damping: float) -> Vector:
+        """(F + λI)^p v. The recursion gives the inverse alone, so this takes each block's eigendecomposition."""
+        check_damping(damping)
+        s, u = torch.linalg.eigh(self.blocks.mT @ self.blocks / self.blocks.shape[1])
+        powers = (s.clamp(min=0) + damping).pow(exponent)
+        return self._apply(lambda rows: u @ (powers[..., None] * (u.mT @ rows)), v)
+
+    def inverse(self, damping: float) -> Tensor:
+        """The blocks of (F + λI)⁻¹, shape [blocks, size, size]."""
+        check_damping(damping)
+        if self._inverse is None or self._inverse[0] != damping:
+            number, _, size = self.blocks.shape
+            inverse = self.blocks.new_empty(number, size, size)
+            at_once = max(1, self.chunk // size**2)
+            for result, part in zip(inverse.split(at_once), self.blocks.split(at_once), strict=True):
+                result.copy_(sherman_morrison(part, damping))
+            self._inverse = damping, inverse
+        return self._inverse[1]
+
+    def _apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
+        row = torch.nn.functional.pad(flatten(v), (0, -self.d % self.blocks.shape[2]))
+        return unflatten(function(row.view(len(self.blocks), -1, 1)).reshape(-1)[: self.d], v)
+
+
+def sherman_morrison(blocks: Tensor, damping: float) -> Tensor:
+    """(BᵀB/m + λI)⁻¹ of each of ``blocks`` B [blocks, m, size], by m updates of rank one."""
+    number, m, size = blocks.shape
+    inverse = torch.eye(size, dtype=blocks.dtype, device=blocks.device).div(damping).repeat(number, 1, 1)
+    for g in blocks.transpose(0, 1)[..., None].contiguous():
+        column = inverse @ g
+        column = column / (m + g.mT @ column).sqrt()
+        inverse.baddbmm_(column, column.mT, alpha=-1)
+    return inverse
+
+
+def unrolled_recursion(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
+    """(F + λI)⁻¹ v by the same recursion for all of F, without a matrix of d × d.
+
+    Each update is kept as its vector, m in all, and applied to whatever is multiplied next: O(m² d) time.
+    ``gradients`` is G [m, d], ``v`` [d].
+    """
+    check_damping(damping)
+    m = len(gradients)
+    columns = torch.empty_like(gradients)
+    for i, g in enumerate(gradients):
+        column = g / damping - (columns[:i] @ g) @ columns[:i]
+        columns[i] = column / (m + g @ column).sqrt()
+    return v / damping - (columns @ v) @ columns
