@@ -1,5 +1,6 @@
 import gc
 import itertools
+import os
 import threading
 import time
 
@@ -172,6 +173,12 @@ def test_an_error_within_leaves_no_thread_and_no_count_behind():
         raise ZeroDivisionError
     mean_loss(tiny_model(), random_sequences(3))
     assert passes == Passes()
+
+
+def test_a_process_of_its_own_gives_results_and_errors_back():
+    assert cost.in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        cost.in_own_process(divmod, 1, 0)
 
 
 def test_a_plain_pass_is_one_forward_and_one_backward_pass(monkeypatch):

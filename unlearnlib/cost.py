@@ -3,14 +3,17 @@
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -22,6 +25,8 @@ from transformers import PreTrainedModel
 
 from unlearnlib.losses import batches, counted_passes, sequence_losses
 from unlearnlib.weights import parameters
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,16 @@ def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     totals = [change["args"]["Total Allocated"] for change in changes]
     start = totals[0] - changes[0]["args"]["Bytes"] if changes else 0
     return max([start, *totals]) - start
+
+
+def in_own_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """What ``function(*arguments)`` returns in a fresh process, whose memory holds nothing else.
+
+    Function, arguments and result are pickled, so the function has to stand in a module. Errors come through.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def plain_pass(model: PreTrainedModel, sequences: Tensor) -> None:

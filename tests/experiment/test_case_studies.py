@@ -110,6 +110,7 @@ def test_asked_are_senders_who_stay_nowhere_among_strangers_who_were_seen_nowher
         assert before.endswith("\nFrom: ")
         assert any(text[name].startswith(before + address) for name in forget)
     others = {sender[name] for name in text if name not in {*forget, *retain}}
+    assert "@" not in repr(case)
     assert case.strangers == sorted(others - stay - expected - {sender[n] for n in forget} - {"nobody"})
 
 

@@ -9,7 +9,7 @@ import torch
 from unlearnlib import weights
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment import chapters, profiles
-from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
+from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
 from unlearnlib.methods import first_order, matching
@@ -196,6 +196,22 @@ def test_a_sweep_is_above_the_retrained_model_on_the_validation_sequences(cases)
     matching.Line(model, delta, case.splits.forget).to(report.target)
     expected = mean_loss(model, case.validation) - mean_loss(case.retrained(), case.validation)
     assert table["excess"].item() == pytest.approx(expected)
+
+
+def test_sweeps_become_tidy_results_that_can_be_written(cases, tmp_path):
+    sweep = pd.DataFrame({"setting": [1e-3, 1e-2], "validation_loss": [3.5, 3.25], "strength": [1.0, 2.0]})
+    sweep = sweep.assign(reached=[True, False], excess=[0.5, 0.25])
+    tidy = sweeps_table(
+        cases[1], [sweep.assign(method="kfac", sweep="damping"), sweep.assign(method="m", sweep="s")]
+    )
+    results.write_results(tidy, tmp_path, "sweeps")
+    again = results.read_results(tmp_path, "sweeps").query("method == 'kfac'")
+    assert again["value"].tolist() == [0.5, 0.25]
+    assert again["setting"].tolist() == [1e-3, 1e-2]
+    assert again["reached"].tolist() == [1, 0]
+    assert set(again["model"]) == {one_case.model_name(TINY_PROFILE)}
+    assert set(again["corpus"]) == {"tales"}
+    assert set(again["seed"]) == {1}
 
 
 def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):

@@ -1,11 +1,14 @@
 """The matrix C of second-order methods, by every route that does not form it; all share one protocol."""
 
 from unlearnlib.curvature.blocks import Block
+from unlearnlib.curvature.column_pass import ColumnPass
+from unlearnlib.curvature.column_sums import ColumnSums
 from unlearnlib.curvature.fisher import (
     FisherDiagonal,
     FisherDual,
     FisherRecursion,
     effective_rank,
+    gram,
     power_gain,
     sampled_losses,
     sequence_gradients,
@@ -31,10 +34,13 @@ from unlearnlib.curvature.krylov import (
     smallest_eigenvalue,
 )
 from unlearnlib.curvature.newton import GaussNewton, Hessian, Outputs, cost_in_gradients
+from unlearnlib.curvature.output_layer import OutputLayer
 from unlearnlib.curvature.protocol import Curvature
 
 __all__ = [
     "Block",
+    "ColumnPass",
+    "ColumnSums",
     "Curvature",
     "FisherDiagonal",
     "FisherDual",
@@ -45,6 +51,7 @@ __all__ = [
     "Lanczos",
     "NegativeCurvature",
     "NotConverged",
+    "OutputLayer",
     "Outputs",
     "StreamingFisher",
     "conjugate_gradients",
@@ -53,6 +60,7 @@ __all__ = [
     "effective_rank",
     "ekfac",
     "from_factors",
+    "gram",
     "kfac",
     "lanczos",
     "layer_factors",

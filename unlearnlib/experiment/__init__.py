@@ -5,8 +5,9 @@ from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.curvatures import builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
-from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table
+from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
+from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
 
 __all__ = [
     "SHARES",
@@ -25,4 +26,6 @@ __all__ = [
     "on_second_corpus",
     "requests_of_sizes",
     "results_table",
+    "streaming_cost_of_smollm2",
+    "sweeps_table",
 ]

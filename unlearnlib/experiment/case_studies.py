@@ -42,10 +42,10 @@ SHOWN = 48
 class PostCase(Case):
     """A case of posts by real people, with ``secrets`` planted into those to forget and into those that stay.
 
-    ``posts`` are all posts by id, those of no split among them.
+    ``posts`` are all posts by id, those of no split among them. They hold addresses, and so are never shown.
     """
 
-    posts: dict[str, str]
+    posts: dict[str, str] = field(repr=False)
     secrets: dict[str, list[Secret]]
 
     @functools.cached_property

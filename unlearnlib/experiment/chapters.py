@@ -10,7 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-from unlearnlib.experiment.profiles import Profile, get_profile
+from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
@@ -108,6 +108,47 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
         "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
         "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
+    },
+    "fisher": {
+        "quick": {
+            "seeds": 1,
+            "second_seeds": 1,
+            "m": 256,
+            "m_recursion": 256,
+            "block_size": 64,
+            "block_sizes": (1, 4, 32, 64),
+            "few": (16, 64),
+            "blank": QUICK.model,
+            "m_blank": 96,
+            "sampled": False,
+            "large": False,
+        },
+        "cpu": {
+            "seeds": 5,
+            "second_seeds": 5,
+            "m": 840,
+            "m_recursion": 256,
+            "block_size": 64,
+            "block_sizes": (1, 4, 32, 64, 256),
+            "few": (16, 64),
+            "blank": small_opt(2048),
+            "m_blank": 256,
+            "sampled": True,
+            "large": True,
+        },
+        "gpu": {
+            "seeds": 3,
+            "second_seeds": 1,
+            "m": 32,
+            "m_recursion": 16,
+            "block_size": 64,
+            "block_sizes": (1, 4, 32, 64, 256),
+            "few": (8,),
+            "blank": small_opt(2048),
+            "m_blank": 256,
+            "sampled": True,
+            "large": False,
+        },
     },
     "kronecker": {
         "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
@@ -242,6 +283,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
         "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
     },
+    "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
 }
 
 

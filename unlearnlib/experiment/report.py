@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from unlearnlib.cost import Cost, Meter
-from unlearnlib.experiment.case import Case
+from unlearnlib.experiment.case import Case, model_name
 from unlearnlib.losses import batched, mean_loss, sequence_losses
 from unlearnlib.measures.evaluation import loss_correlation, membership, membership_auc, read
 from unlearnlib.measures.extraction import extraction_likelihood
@@ -178,6 +178,22 @@ class Report:
 def results_table(reports: Iterable[Report]) -> pd.DataFrame:
     """All rows of some reports, as :func:`unlearnlib.verdicts.results.write_results` wants them."""
     return pd.DataFrame([row for report in reports for row in report.rows])
+
+
+def sweeps_table(case: Case, sweeps: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of :meth:`Report.sweep` on one case, each with columns ``method`` and ``sweep``, as tidy results.
+
+    The metric is ``validation_excess``, the loss on validation above the retrained model's in nats; ``setting`` is
+    of what ``sweep`` names, and ``reached`` is 0 or 1.
+    """
+    table = pd.concat(sweeps)[["method", "sweep", "setting", "excess", "reached"]]
+    return table.rename(columns={"excess": "value"}).assign(
+        corpus=case.profile.corpus,
+        model=model_name(case.profile),
+        seed=case.seed,
+        metric="validation_excess",
+        reached=table["reached"].astype(int),
+    )
 
 
 def frontier_table(reports: Iterable[Report]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Unlearn your own model: an erasure request, from files of texts to a model folder with its report."""
 
 from unlearnlib.own.checks import available_bytes, check_request
+from unlearnlib.own.demonstration import write_demonstration
 from unlearnlib.own.files import read_texts
 from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.methods import build_curvature, unlearn
@@ -21,4 +22,5 @@ __all__ = [
     "read_material",
     "read_texts",
     "unlearn",
+    "write_demonstration",
 ]
