@@ -1,5 +1,6 @@
 """The bibliography against what cites it, the page on data against the downloads, the maps against the library."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -99,3 +100,18 @@ def test_the_rooms_are_those_of_the_library(page):
     [table] = re.findall(r"^\| Room of `unlearnlib` .*\n\|---\|---\|\n((?:\|.*\n)+)", MAPS[page], re.MULTILINE)
     rooms = {room for line in table.splitlines() for room in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert rooms == {path.stem for path in (ROOT / "unlearnlib").iterdir() if not path.name.startswith("__")}
+
+
+@pytest.mark.parametrize("chapter", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_chapter_imports_at_most_eight_names_of_the_library_and_no_private_one(chapter):
+    cells = json.loads(chapter.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    nodes = [node for source in code for node in ast.walk(ast.parse(source))]
+    lines = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("unlearnlib")]
+    names = [name.name for line in lines for name in line.names]
+    assert 1 <= len(names) <= 8
+    used = {name.asname or name.name for line in lines for name in line.names}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    reached = [node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id in used]
+    assert reached
+    assert not [name for name in [*names, *reached] if name.startswith("_")]
