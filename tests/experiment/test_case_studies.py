@@ -71,7 +71,7 @@ def tale():
 
 
 def builds(case):
-    return {"kfac": curvatures.builders(case.estimation, case.seed)["kfac"]}
+    return {"kfac": curvatures.curvature_builders(case.estimation, case.seed)["kfac"]}
 
 
 def number_loss(model, tokenizer, prefix, number):

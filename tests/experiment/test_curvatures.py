@@ -47,12 +47,12 @@ def product(curvature):
     ],
 )
 def test_builders_take_as_many_sequences_as_are_asked_for(method, matrix):
-    build = curvatures.builders(RETAIN, m=6, m_recursion=4, block_size=BLOCK, m_factors=3)
+    build = curvatures.curvature_builders(RETAIN, m=6, m_recursion=4, block_size=BLOCK, m_factors=3)
     torch.testing.assert_close(product(build[method](MODEL)), matrix() @ weights.flatten(V))
 
 
 def test_kfac_draws_its_labels_with_the_seed():
-    build = curvatures.builders(RETAIN, seed=1, m_factors=3)["kfac"]
+    build = curvatures.curvature_builders(RETAIN, seed=1, m_factors=3)["kfac"]
     alone, otherwise = (kronecker.kfac(MODEL, RETAIN[:3], seed=seed) for seed in (1, 2))
     assert torch.equal(product(build(MODEL)), product(alone))
     assert not torch.equal(product(build(MODEL)), product(otherwise))
@@ -61,8 +61,10 @@ def test_kfac_draws_its_labels_with_the_seed():
 @pytest.mark.parametrize("method", ["fisher_dual", "fisher_diagonal", "fisher_recursion", "kfac"])
 def test_builders_take_all_by_default_and_never_more_than_there_are(method):
     all_of_them = {"m": len(RETAIN), "m_recursion": len(RETAIN), "m_factors": len(RETAIN)}
-    whole, counted = (curvatures.builders(RETAIN, **sizes)[method] for sizes in ({}, all_of_them))
+    whole, counted = (curvatures.curvature_builders(RETAIN, **sizes)[method] for sizes in ({}, all_of_them))
     assert torch.equal(product(whole(MODEL)), product(counted(MODEL)))
-    too_many = curvatures.builders(RETAIN, **{name: number + 1 for name, number in all_of_them.items()})[method]
+    too_many = curvatures.curvature_builders(RETAIN, **{name: number + 1 for name, number in all_of_them.items()})[
+        method
+    ]
     with pytest.raises(ValueError, match="10 of 9"):
         too_many(MODEL)

@@ -66,7 +66,7 @@ def case():
 
 
 def builders(case):
-    return curvatures.builders(case.estimation, case.seed, 6, 6, 4)
+    return curvatures.curvature_builders(case.estimation, case.seed, 6, 6, 4)
 
 
 def loss(model, sequences):

@@ -113,6 +113,7 @@ def test_what_is_above_the_retrained_model_is_paired_by_seed_and_corpus():
 def test_methods_have_names_for_people():
     assert results.method_label("gradient_ascent:adam") == "gradient ascent (adam)"
     assert results.method_label("kfac:held") == "K-FAC (held)"
+    assert results.method_label("noise:inverse_root") == "noise (inverse root)"
 
 
 def test_a_rerun_agrees_where_its_mean_lies_in_the_references_interval():

@@ -1,8 +1,8 @@
-"""The experiments: profiles, cases of one seed, and the recorder that measures methods on them."""
+"""The experiments: profiles, cases of one seed, and the report that measures methods on them."""
 
 from unlearnlib.experiment.case import Case, make_cases, model_name
 from unlearnlib.experiment.chapters import chapter
-from unlearnlib.experiment.curvatures import builders
+from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
@@ -16,8 +16,8 @@ __all__ = [
     "Report",
     "RequestCase",
     "architectures",
-    "builders",
     "chapter",
+    "curvature_builders",
     "earnings_news",
     "frontier_table",
     "get_profile",

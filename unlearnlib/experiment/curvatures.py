@@ -11,7 +11,7 @@ from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.methods.fisher_updates import Build
 
 
-def builders(
+def curvature_builders(
     sequences: Tensor,
     seed: int = 0,
     m: int | None = None,

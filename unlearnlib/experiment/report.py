@@ -1,4 +1,4 @@
-"""The recorder of an experiment: brings models to matched forgetting, measures them, and keeps the tables."""
+"""The report of an experiment: it brings models to matched forgetting, measures them, and keeps the tables."""
 
 import functools
 from collections.abc import Callable, Iterable

@@ -207,7 +207,7 @@ def _text(mean: float, low: float, high: float, digits: int) -> str:
 def method_label(method: str) -> str:
     """A method's name for people: ``gradient_ascent:adam`` becomes ``gradient ascent (adam)``."""
     name, _, variant = method.partition(":")
-    return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant})" if variant else "")
+    return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
 ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "newton_cg": "Newton-CG", "npo": "NPO", "dp_sgd": "DP-SGD"}
