@@ -89,3 +89,11 @@ def test_a_unit_vector_has_length_one_and_keeps_the_direction():
     unit = weights.unit(vector)
     assert weights.norm(unit) == pytest.approx(1, rel=1e-12)
     assert weights.cosine(unit, vector) == pytest.approx(1, rel=1e-12)
+
+
+def test_no_part_of_a_direction_that_is_not_finite_leaves_the_start():
+    model = tiny_model()
+    start = weights.snapshot(model)
+    nowhere = {name: torch.full_like(value, float("nan")) for name, value in start.items()}
+    weights.set_weights(model, start, nowhere, 0.0)
+    assert weights.norm(weights.difference(weights.snapshot(model), start)) == 0

@@ -28,7 +28,7 @@ def set_weights(
     """Set the weights to ``start + scale * direction`` (to ``start`` where no direction is given)."""
     for name, p in parameters(model).items():
         p.copy_(start[name])
-        if direction is not None:
+        if direction is not None and scale != 0:  # zero times what is not finite would not be zero
             p.add_(direction[name], alpha=scale)
 
 

@@ -66,6 +66,8 @@ def rerun(root, changed, profile="quick"):
             [*FACE, "unlearnlib.room.inner", "unlearnlib.ground"],
         ),
         ("%matplotlib inline\n!ls\nfrom unlearnlib import alone", ["unlearnlib", "unlearnlib.alone"]),
+        ("%%time\nfrom unlearnlib import alone", ["unlearnlib", "unlearnlib.alone"]),
+        ("%time from unlearnlib import alone", ["unlearnlib", "unlearnlib.alone"]),
         ("from unlearnlib import alone\n)", []),
     ],
 )

@@ -249,3 +249,9 @@ def test_other_bad_input():
     for damping in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="damping must be positive"):
             fisher.solve(random_direction(model), damping)
+
+
+def test_the_build_is_a_pass_over_all_sequences():
+    with losses.counted_passes() as passes:
+        StreamingFisher(tiny_model(), random_sequences(5))
+    assert passes == losses.Passes(differentiated=5)

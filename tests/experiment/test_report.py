@@ -243,6 +243,15 @@ def test_a_chapter_changes_the_profile_and_brings_its_own_settings():
         chapters.chapter("requests", "quick")
     with pytest.raises(ValueError, match="unknown profile 'fast'"):
         chapters.chapter("newton", "fast")
+    assert chapters.chapter("case_studies", "quick", "tales")[0].corpus == "tales"  # in place of its own, posts
+    with pytest.raises(ValueError, match="a profile has no lenght: choose from corpus, "):
+        chapters.chapter("real_model", "quick", lenght=3)
+
+
+@pytest.mark.parametrize("shares", [(0.5,), (1.0, 0.5), ()])
+def test_shares_without_the_target_or_out_of_order_are_refused(cases, shares):
+    with pytest.raises(ValueError, match=r"must ascend and hold 1\.0"):
+        Report(cases[0], cases[0].retrained(), shares=shares)
 
 
 def test_unknown_profiles_corpora_and_numbers_are_refused():

@@ -94,7 +94,7 @@ def label_decades(ax: Axes) -> None:
 
 
 def plot_frontier(ax: Axes, table: pd.DataFrame, methods: Sequence[str]) -> None:
-    """Draw a table of :func:`unlearnlib.experiment.case.frontier_table`: mean over the seeds, bands of 95 %.
+    """Draw a table of :func:`unlearnlib.experiment.report.frontier_table`: mean over the seeds, bands of 95 %.
 
     Each method's line starts at the original model (square) and would, were it perfect, run along the bottom to
     the retrained one (star). Points that not every seed reached are left out.

@@ -16,9 +16,12 @@ def imported_files(notebook: NotebookNode, package: str = "unlearnlib") -> dict[
 
     ``package`` is the one that ``import`` would find now. To import a module is to run the ``__init__`` of each
     package around it, too. What is imported by a name made up at run time is not seen.
-    Raises ValueError if there is no such package.
+    Raises ValueError if there is no such package, or a module of it is no Python.
     """
-    graph = grimp.build_graph(package, cache_dir=None)
+    try:
+        graph = grimp.build_graph(package, cache_dir=None)
+    except grimp.exceptions.SourceSyntaxError as error:
+        raise ValueError(f"a module of {package} cannot be read: {error}") from error
     for module in graph.modules - {package}:
         graph.add_import(importer=module, imported=module.rpartition(".")[0])
     direct = {name for cell in notebook.cells if cell.cell_type == "code" for name in _imports(cell.source)}
@@ -30,7 +33,8 @@ def imported_files(notebook: NotebookNode, package: str = "unlearnlib") -> dict[
 
 def _file(path: Path) -> Path:
     """The file of the module or package at ``path``; ``find_spec`` would import what is around it."""
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    package = path / "__init__.py"  # a folder without it may be what another branch left behind
+    return package if package.is_file() else path.with_suffix(".py")
 
 
 def _imports(code: str) -> Iterator[str]:
@@ -41,3 +45,5 @@ def _imports(code: str) -> Iterator[str]:
                 yield from (name.name for name in node.names)
             elif isinstance(node, ast.ImportFrom):
                 yield from (node.module, *(f"{node.module}.{name.name}" for name in node.names))
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "").endswith("_magic"):
+                yield from _imports(node.args[-1].value)  # what %time or %%time is given

@@ -127,7 +127,7 @@ def _after_forward(
     if not out.requires_grad:  # the first trainable layer: from here on gradients are needed
         out.requires_grad_(True)
     n = current.sequences
-    if len(out) == 1:  # positions, looked up once for the whole batch
+    if len(out) == 1 and n > 1:  # positions, looked up once for the whole batch
         out, inputs = out.expand(n, *out.shape[1:]), inputs.expand(n, *inputs.shape[1:])
     # Some architectures run positions as one long row: [n * tokens, width].
     inputs = inputs.reshape(n, -1) if layer.kind == "embedding" else inputs.reshape(n, -1, inputs.shape[-1])

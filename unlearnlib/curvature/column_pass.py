@@ -16,7 +16,7 @@ from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.column_sums import ColumnSums
 from unlearnlib.curvature.output_layer import OutputLayer, find_output_layer
 from unlearnlib.curvature.per_sequence_gradients import layer_gradients
-from unlearnlib.losses import check_length
+from unlearnlib.losses import check_length, note_pass
 from unlearnlib.weights import Vector
 
 
@@ -45,6 +45,7 @@ class ColumnPass:
 
     def run(self) -> ColumnSums:
         """Make the pass. Raises FloatingPointError naming the sequence whose gradient is not finite."""
+        note_pass(len(self.inputs))
         with capture(self.model, self.layers, self.receive), checkpointed(self.model):
             hidden = self.model.base_model(input_ids=self.inputs, use_cache=False).last_hidden_state
             self.output = OutputLayer(self.head, hidden, self.targets, self.sums)

@@ -13,7 +13,8 @@ from unlearnlib.weights import Vector, parameters
 class FisherDiagonal:
     """The diagonal of F: d numbers, added up batch by batch and layer by layer, without ever holding G.
 
-    Sequences and ``loss`` as for :func:`sequence_gradients`, which also says what is raised.
+    Sequences and ``loss`` as for :func:`unlearnlib.curvature.per_sequence_gradients.sequence_gradients`, which
+    also says what is raised.
     """
 
     def __init__(

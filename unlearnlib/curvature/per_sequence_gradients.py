@@ -113,7 +113,7 @@ def sequence_gradients(
     """G: the gradient of each of the first ``number`` sequences [n, tokens], or of all, a row each, [m, d].
 
     Raises ValueError if there are fewer than ``number`` sequences, and as
-    :func:`unlearnlib.curvature.capture.each_gradient`: among others FloatingPointError naming the sequence whose
+    :func:`each_gradient`: among others FloatingPointError naming the sequence whose
     gradient is not finite.
     """
     chosen = take(sequences, number)

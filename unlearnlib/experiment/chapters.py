@@ -294,7 +294,8 @@ def chapter(
 
     ``corpus``, ``seeds`` and other fields of the profile, ``changes``, take the place of the profile's and the
     chapter's where they are given and not None.
-    Raises ValueError as :func:`unlearnlib.experiment.profiles.get_profile`, and for an unknown chapter.
+    Raises ValueError as :func:`unlearnlib.experiment.profiles.get_profile`, and for an unknown chapter or
+    a change that is no field of a profile.
     """
     if name not in CHAPTERS:
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
@@ -304,6 +305,10 @@ def chapter(
     left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
     entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
+    unknown = changes.keys() - fields
+    if unknown:
+        raise ValueError(f"a profile has no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(fields))}")
+    changes["corpus"] = corpus
     entries |= {key: value for key, value in changes.items() if value is not None}
     changed = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}

@@ -32,7 +32,7 @@ class Report:
     are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``costs`` what these
     took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and 4 bits. Where
     ``extraction`` is set they are measured by what greedy continuation brings out of the forget sequences after
-    every so many tokens.
+    every so many tokens. Raises ValueError for shares that do not ascend or do not hold 1.
     """
 
     case: Case
@@ -45,6 +45,10 @@ class Report:
     curves: dict[str, list[float]] = field(default_factory=dict)
     matches: dict[str, Match] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if 1.0 not in self.shares or list(self.shares) != sorted(self.shares):
+            raise ValueError(f"the shares must ascend and hold 1.0, the target, unlike {self.shares}")
 
     @functools.cached_property
     def retrained_curve(self) -> list[float]:

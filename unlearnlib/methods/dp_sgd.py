@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from unlearnlib import cache, cost
-from unlearnlib.curvature import per_sequence_gradients
+from unlearnlib.curvature import capture, per_sequence_gradients
 from unlearnlib.losses import check_length, sequence_losses
 from unlearnlib.methods.privacy import ORDERS, Privacy, noise_multiplier
 from unlearnlib.models import loading, training
@@ -145,14 +145,7 @@ def train_private(model: PreTrainedModel, run: PrivateRun) -> list[float]:
 
 
 # What a private model depends on besides training.CODE: a change to any of these trains every one again.
-CODE = (
-    PrivateRun,
-    noise_multiplier,
-    clipped_sum,
-    train_private,
-    per_sequence_gradients.each_gradient,
-    per_sequence_gradients.layer_gradients,
-)
+CODE = (PrivateRun, noise_multiplier, clipped_sum, train_private, random_vector, capture, per_sequence_gradients)
 
 
 def load_private(run: PrivateRun, device: torch.device | str | None = None) -> PreTrainedModel:
