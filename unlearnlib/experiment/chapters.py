@@ -14,7 +14,7 @@ from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
-# The settings that chapter 08 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
+# The settings that chapter 10 chooses among: λ, learning rates, and of NPO pairs of a learning rate and β.
 DAMPINGS = {
     "fisher_recursion": (1e-6, 1e-5, 1e-4),
     "fisher_dual": (1e-4, 1e-3, 1e-2),
@@ -49,7 +49,7 @@ SMALL_CASES = {
     "relearning_rate": 3e-4,
 }
 
-# The model of chapter 10 and its sets are small, because private training is slow.
+# The model of chapter 12 and its sets are small, because private training is slow.
 PRIVATE = {
     "model": small_llama(1024, hidden_size=32, layers=2, context=64),
     "vocabulary": 1024,
