@@ -27,9 +27,11 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.tuning import Choice, choose
 
 __all__ = [
     "TOLERANCE",
+    "Choice",
     "Line",
     "Match",
     "Path",
@@ -39,6 +41,7 @@ __all__ = [
     "ascent_direction",
     "ascent_loss",
     "best_setting",
+    "choose",
     "descend",
     "forgetting_noise",
     "gradient_difference_loss",
