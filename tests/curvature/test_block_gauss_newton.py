@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from helpers import random_sequences, tiny_model
-from test_newton import SEQUENCES, explicit_gauss_newton, model  # noqa: F401: a fixture
+from helpers import random_sequences, smallest_model, tiny_model
+from test_newton import SEQUENCES, VOCABULARY, explicit_gauss_newton
 
 from unlearnlib import losses, weights
 from unlearnlib.curvature import kronecker, kronecker_blocks
 from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 
 DAMPING = 0.05
+
+
+@pytest.fixture(scope="module")
+def model():
+    return smallest_model(VOCABULARY)
 
 
 def dense_blocks(model, blocks):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.krylov import NegativeCurvature
 from unlearnlib.curvature.kronecker_blocks import find_blocks
+from unlearnlib.curvature.krylov import NegativeCurvature
 from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.curvature.protocol import Curvature, check_damping
 from unlearnlib.weights import Vector, add, dot, parameters
@@ -36,9 +36,9 @@ class BlockGaussNewton(GaussNewton):
 
     ``blocks`` parts the parameters; it is one block a matrix of weights, with its bias, where it is None: the same
     blocks that K-FAC has. :meth:`solve` takes ``steps`` steps of conjugate gradients in each block, whether or not
-    that is enough, so that the number of steps is a setting like λ; ``preconditioner`` is a curvature without terms
-    between the blocks, such as K-FAC of the same sequences. A step takes one product of each block, and each of
-    these at most a plain pass over the sequences: its change of the outputs has to be found by itself.
+    that is enough, so that the number of steps is a setting like λ; ``preconditioner`` is a curvature without
+    terms between the blocks, such as K-FAC of the same sequences. A step takes one product of each block, and each
+    of these at most a plain pass over the sequences: its change of the outputs has to be found by itself.
 
     Raises ValueError if the blocks do not hold every trainable parameter once, or for less than one step.
     """
@@ -96,7 +96,9 @@ class BlockGaussNewton(GaussNewton):
             open_blocks = [names for names, residual in residuals.items() if residual > rounding]
             for names in open_blocks:
                 if not curvatures[names] > 0:
-                    raise NegativeCurvature(f"the block of {names[0]!r} is not positive definite: raise the damping")
+                    raise NegativeCurvature(
+                        f"the block of {names[0]!r} is not positive definite: raise the damping"
+                    )
                 step = rz[names] / curvatures[names]
                 x |= {name: x[name] + step * p[name] for name in names}
                 r |= {name: r[name] - step * q[name] for name in names}
