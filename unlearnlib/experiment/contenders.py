@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
+from unlearnlib.curvature.kronecker import kfac
 from unlearnlib.experiment.case import Case
 from unlearnlib.methods.first_order import (
     Loss,
@@ -16,10 +18,11 @@ from unlearnlib.methods.first_order import (
     sgd_walk,
     with_retain,
 )
-from unlearnlib.methods.fisher_updates import Build, removal_direction
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
-from unlearnlib.weights import snapshot
+from unlearnlib.weights import parameters, snapshot
 
 MAX_STEPS = 200
 """After so many steps of an optimizer a method that has not reached the target is given up."""
@@ -112,3 +115,40 @@ def removal(case: Case, method: str, build: Build) -> Contender:
         return Line(model, removal_direction(curvature, delta, damping), forget, start)
 
     return Contender("forget, retain", {"damping": DAMPINGS[method.partition(":")[0]]}, path)
+
+
+def beyond(case: Case, build: Build, m_newton: int, steps: int = 4) -> dict[str, Contender]:
+    """By method, second-order contenders on ``case`` that go beyond one step over a fixed curvature.
+
+    ``soul`` takes many clipped diagonal steps, ``kfac:steps`` as many as ``steps`` steps of Fisher Removal, each
+    with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, with a few
+    conjugate gradients on the Gauss–Newton matrix of the first ``m_newton`` sequences, which K-FAC preconditions.
+    """
+    forget, retain = case.splits.forget, case.estimation
+
+    def soul(learning_rate: float, retain_weight: float) -> Path:
+        loss = with_retain(ascent_loss, retain_weight)
+        return sophia_walk(case.original(), loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+
+    def in_steps(damping: float) -> Path:
+        return RemovalInSteps(case.original(), forget, build, damping, steps, refresh=True, renew=True)
+
+    @functools.cache
+    def prepared() -> tuple:
+        model = case.original()
+        factors = kfac(model, retain, m_newton, case.seed)
+        return model, snapshot(model), factors, ascent_direction(model, forget)
+
+    def newton(damping: float, products: float) -> Path:
+        model, start, factors, delta = prepared()
+        everything = [tuple(parameters(model))]  # in one block
+        matrix = BlockGaussNewton(model, retain[:m_newton], everything, round(products), factors)
+        return Line(model, removal_direction(matrix, delta, damping), forget, start)
+
+    return {
+        "soul": Contender("forget, retain", WEIGHTS, soul),
+        "kfac:steps": Contender("forget, retain", {"damping": DAMPINGS["kfac"]}, in_steps),
+        "newton_cg:kfac": Contender(
+            "forget, retain", {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}, newton
+        ),
+    }
