@@ -1,6 +1,7 @@
 """Results as tidy tables, one row a measurement, and what may be concluded from them."""
 
 import hashlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def read_results(folder: str | Path, exhibit: str) -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"no results {path}: run the chapter that makes the exhibit {exhibit!r} first")
     return pd.read_csv(path, dtype={"corpus": str, "model": str, "method": str, "metric": str})
+
+
+def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean, exact for independent normal values (Student 1908).
+
+    Give paired differences to get a paired interval. With fewer than three values both ends are NaN: of two, the
+    interval is so wide that it says nothing.
+    """
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 3:
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def bootstrap_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
