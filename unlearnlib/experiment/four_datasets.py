@@ -15,15 +15,10 @@ from unlearnlib.experiment.report import Report
 from unlearnlib.experiment.request_sets import RequestCase
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures.evaluation import read
-from unlearnlib.methods.first_order import (
-    adam_walk,
-    ascent_direction,
-    gradient_difference_loss,
-    npo_loss,
-    retain_loss,
-)
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, npo_loss, retain_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import Line, Walk
+from unlearnlib.methods.walks import adam_walk
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.questions import Question, document_questions, fits, task_accuracy
 from unlearnlib.weights import snapshot
@@ -85,7 +80,7 @@ def adam_path(case: Case, method: str, setting: Any) -> Walk:
         rate, beta = setting
         loss = npo_loss(case.original(), beta)
     else:
-        rate, loss = setting, gradient_difference_loss
+        rate, loss = setting, with_retain(ascent_loss, 1.0)
     forget, retain = case.splits.forget, case.estimation
     return adam_walk(case.original(), loss, forget, retain, rate, case.seed, MAX_STEPS)
 

@@ -1,14 +1,15 @@
 """What is done to a model to make it forget, and how every method is brought to the same forget loss."""
 
 from unlearnlib.methods.first_order import (
-    adam_walk,
+    activation_loss,
     ascent_direction,
     ascent_loss,
-    descend,
-    gradient_difference_loss,
-    kl_retain_loss,
+    kl_loss,
     npo_loss,
     retain_loss,
+    rmu_loss,
+    simnpo_loss,
+    with_retain,
 )
 from unlearnlib.methods.fisher_updates import (
     RemovalInSteps,
@@ -27,6 +28,7 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.walks import RepairedAscent, adam_walk, descend, sgd_walk
 
 __all__ = [
     "TOLERANCE",
@@ -34,20 +36,25 @@ __all__ = [
     "Match",
     "Path",
     "RemovalInSteps",
+    "RepairedAscent",
     "Walk",
+    "activation_loss",
     "adam_walk",
     "ascent_direction",
     "ascent_loss",
     "best_setting",
     "descend",
     "forgetting_noise",
-    "gradient_difference_loss",
     "held_direction",
-    "kl_retain_loss",
+    "kl_loss",
     "match_strength",
     "noise_kl",
     "npo_loss",
     "removal_direction",
     "retain_loss",
+    "rmu_loss",
+    "sgd_walk",
+    "simnpo_loss",
     "sweep",
+    "with_retain",
 ]
