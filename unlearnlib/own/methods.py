@@ -13,9 +13,10 @@ from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import matching
-from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, with_retain
 from unlearnlib.methods.fisher_updates import forgetting_noise, removal_direction
 from unlearnlib.methods.matching import Line, Match
+from unlearnlib.methods.walks import adam_walk
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, norm, set_weights, snapshot
@@ -51,7 +52,7 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     if request.method == "gradient_difference":
         rows, rate = (forget, material.estimation), request.learning_rate
         walk = adam_walk(
-            model, gradient_difference_loss, *rows, rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE
+            model, with_retain(ascent_loss, 1.0), *rows, rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE
         )
         if target is not None:
             return Outcome(walk.to(target))
