@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from unlearnlib.cost import Cost, Meter
 from unlearnlib.experiment.case import Case, model_name
+from unlearnlib.experiment.contenders import Contender
 from unlearnlib.losses import batched, mean_loss, sequence_losses
 from unlearnlib.measures import relearning
 from unlearnlib.measures.attacks import calibrated, true_positive_rate
@@ -28,7 +29,7 @@ from unlearnlib.measures.extraction import extraction_likelihood
 from unlearnlib.measures.rounding import rounded
 from unlearnlib.methods import matching
 from unlearnlib.methods.matching import Match, Path
-from unlearnlib.methods.tuning import MOST, Choice, Knobs, choose
+from unlearnlib.methods.tuning import MOST, Choice, choose
 
 SHARES = (0.5, 0.75, 1.0, 1.25)
 """Where on its way from the original's forget loss to the retrained model's a method stops for the frontier."""
@@ -135,7 +136,7 @@ class Report:
         return values
 
     def _calibrated(self, forget: Reading, holdout: Reading) -> dict[str, float]:
-        """AUC of the attack by calibrated Min-K%, and what it finds at 1 % false alarms if holdout is large enough."""
+        """Calibrated Min-K%: its AUC, and if holdout is large enough what it finds at 1 % false alarms."""
         if self.reference_scores is None:
             return {}
         members, others = (
@@ -192,15 +193,15 @@ class Report:
         table = matching.sweep(settings, path, self.case.validation, self.target)
         return table.assign(excess=table["validation_loss"] - self.retrained_validation)
 
-    def choose(self, method: str, knobs: Knobs, path: Callable[..., Path], most: int = MOST) -> dict[str, float]:
+    def choose(self, method: str, contender: Contender, most: int = MOST) -> dict[str, float]:
         """:func:`unlearnlib.methods.tuning.choose` at this case's target, on its validation sequences.
 
         Keeps the choice in ``choices``, notes ``settings_tried`` and the ``choosing_passes`` it took, and
         returns the setting.
         """
-        choice = choose(knobs, path, self.case.validation, self.target, most)
+        choice = choose(contender.knobs, contender.path, self.case.validation, self.target, most)
         self.choices[method] = choice
-        self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.cost.plain_passes})
+        self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
         return choice.setting
 
     def match(self, method: str, path: Path | Callable[[], Path], brief: bool = False) -> Match:

@@ -13,11 +13,10 @@ from unlearnlib.losses import mean_loss, sequence_losses
 def relearning_curve(
     model: PreTrainedModel, taught: Tensor, watched: Tensor, steps: int, learning_rate: float
 ) -> list[float]:
-    """Fine-tune a copy of ``model`` on the sequences ``taught``; see what becomes of the loss on those
-    ``watched``.
+    """Fine-tune a copy of ``model`` on the sequences ``taught``, and watch the loss on others.
 
-    Full-batch AdamW; both are of shape [n, tokens]. Returns the mean loss in nats on ``watched`` before each step
-    and after the last, ``steps + 1`` values.
+    Full-batch AdamW; ``taught`` and ``watched`` are of shape [n, tokens]. Returns the mean loss in nats on
+    ``watched`` before each step and after the last, ``steps + 1`` values.
     """
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -60,8 +59,7 @@ def fall(curve: list[float]) -> float:
 
 
 def net_fall(curves: tuple[list[float], list[float]]) -> float:
-    """What a model relearns of the watched texts beyond what strangers bring back, in nats: the two falls'
-    difference.
+    """What a model relearns of the watched texts beyond what strangers bring back: the falls' difference, in nats.
 
     The metric ``relearned_net_nats`` is that of a model minus that of the retrained model.
     """

@@ -33,6 +33,21 @@ def gradient_difference_loss(model: PreTrainedModel, forget: Tensor, retain: Ten
     return ascent_loss(model, forget, retain) + sequence_losses(model, retain).mean()
 
 
+def with_retain(loss: Loss, weight: float, keep: Loss | None = None) -> Loss:
+    """``loss`` plus ``weight`` times a term that keeps what stays, by default the retain loss."""
+    keep = keep or retain_loss
+    return lambda model, forget, retain: loss(model, forget, retain) + weight * keep(model, forget, retain)
+
+
+def kl_loss(original: PreTrainedModel) -> Loss:
+    """KL(original ‖ model) on ``retain``, in nats a token (Yao et al. 2023): stay where you were."""
+
+    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        return kl_retain_loss(original)(model, forget, retain) - ascent_loss(model, forget, retain)
+
+    return loss
+
+
 def kl_retain_loss(original: PreTrainedModel) -> Loss:
     """−L(forget) + KL(original ‖ model) on ``retain``, in nats a token (Yao et al. 2023): stay where you were."""
 
@@ -115,6 +130,21 @@ def adam_walk(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     steps = descend(model, loss, forget, retain, optimizer, seed, batch_size)
     return Walk(model, steps, forget, max_steps)
+
+
+def sgd_walk(
+    model: PreTrainedModel,
+    loss: Loss,
+    forget: Tensor,
+    retain: Tensor,
+    learning_rate: float,
+    seed: int,
+    max_steps: int = 1000,
+    batch_size: int = 32,
+) -> Walk:
+    """As :func:`adam_walk` with plain stochastic gradient descent."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    return Walk(model, descend(model, loss, forget, retain, optimizer, seed, batch_size), forget, max_steps)
 
 
 def _batches(sequences: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -14,8 +14,7 @@ import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unlearnlib.cost import Cost, Meter
-from unlearnlib.losses import mean_loss
+from unlearnlib.losses import counted_passes, mean_loss
 from unlearnlib.methods.matching import Path
 from unlearnlib.weights import set_weights
 
@@ -38,12 +37,16 @@ class Choice:
     setting: dict[str, float]
     table: pd.DataFrame
     at_edge: tuple[str, ...]
-    cost: Cost
 
     @property
     def tried(self) -> int:
         """How many settings were tried."""
         return len(self.table)
+
+    @property
+    def plain_passes(self) -> float:
+        """What all trials took, in plain passes; what they share, such as a curvature, is counted once."""
+        return float(self.table["plain_passes"].sum())
 
     @property
     def reached(self) -> bool:
@@ -71,20 +74,18 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
     grids = {name: list(grid) for name, grid in knobs.items()}
     best = {name: grid[len(grid) // 2] for name, grid in grids.items()}
     tried: dict[tuple[float, ...], dict[str, Any]] = {}
-    costs: list[Cost] = []
 
     def worth(setting: dict[str, float]) -> tuple[bool, float]:
         """The smaller the better; a setting is tried once."""
         key = tuple(setting.values())
         if key not in tried:
-            way = path(**setting)
-            with Meter(way.model.device) as meter:
+            with counted_passes() as passes:
+                way = path(**setting)
                 match = way.to(target)
             loss = mean_loss(way.model, validation)
             set_weights(way.model, way.start)
             row = {"validation_loss": loss, "forget_loss": match.loss, "strength": match.strength}
-            tried[key] = setting | row | {"reached": match.reached, "plain_passes": meter.cost.plain_passes}
-            costs.append(meter.cost)
+            tried[key] = setting | row | {"reached": match.reached, "plain_passes": passes.plain}
             bar.update()
         row = tried[key]
         off = row["validation_loss"] if row["reached"] else abs(row["forget_loss"] - target)
@@ -124,8 +125,7 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
             for value in _neighbours(grids[name], best[name], ratios[name])
         )
     )
-    table = pd.DataFrame(list(tried.values()))
-    return Choice(best, table, at_edge, sum(costs[1:], costs[0]))
+    return Choice(best, pd.DataFrame(list(tried.values())), at_edge)
 
 
 def _neighbours(grid: Sequence[float], value: float, ratio: float) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def check_measuring(model: PreTrainedModel, two: Tensor, source: str) -> None:
         )
 
     def trains(rows: Tensor) -> str:
-        """A step of the probe does all that will be done: it copies the model, trains the copy and measures that."""
+        """A step of the probe does all that comes: it copies the model, trains the copy and measures that."""
         return _failure(lambda: relearning_curve(model, rows[:1], rows[1:], 1, 0.0))
 
     failure = trains(two)
