@@ -27,6 +27,14 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.targets import (
+    Target,
+    calibrated_damping,
+    fitted_target,
+    gap_target,
+    holdout_target,
+    left_out_loss,
+)
 from unlearnlib.methods.tuning import Choice, choose
 
 __all__ = [
@@ -36,17 +44,23 @@ __all__ = [
     "Match",
     "Path",
     "RemovalInSteps",
+    "Target",
     "Walk",
     "adam_walk",
     "ascent_direction",
     "ascent_loss",
     "best_setting",
+    "calibrated_damping",
     "choose",
     "descend",
+    "fitted_target",
     "forgetting_noise",
+    "gap_target",
     "gradient_difference_loss",
     "held_direction",
+    "holdout_target",
     "kl_retain_loss",
+    "left_out_loss",
     "match_strength",
     "noise_kl",
     "npo_loss",

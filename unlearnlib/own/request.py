@@ -89,7 +89,9 @@ class Request:
             )
         elif self.method == "gradient_difference":
             if self.strength != int(self.strength):
-                raise ValueError(f"the strength of gradient_difference is a number of steps, not {self.strength!r}")
+                raise ValueError(
+                    f"the strength of gradient_difference is a number of steps, not {self.strength!r}"
+                )
             if self.retain_weight is None:
                 raise ValueError("a number of steps of gradient_difference needs a retain_weight to go with it")
         for name in ("target_loss", "damping", "retain_weight", "noise", "learning_rate"):
@@ -122,9 +124,7 @@ class Request:
 
         ``hashes`` are those of the files' bytes as they were read, by what is in them.
         """
-        settings = {
-            name: value for name, value in asdict(self).items() if not name.endswith(("_file", "_files"))
-        }
+        settings = {name: value for name, value in asdict(self).items() if not name.endswith(("_file", "_files"))}
         del settings["secrets"], settings["output"]
         for name in ("model", "reference"):
             if settings[name] and Path(settings[name]).is_dir():
