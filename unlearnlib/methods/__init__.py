@@ -27,6 +27,7 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.sophia import Sophia, bartlett_diagonal, sophia_walk
 from unlearnlib.methods.tuning import Choice, choose
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "Match",
     "Path",
     "RemovalInSteps",
+    "Sophia",
     "Walk",
     "adam_walk",
     "ascent_direction",
     "ascent_loss",
+    "bartlett_diagonal",
     "best_setting",
     "choose",
     "descend",
@@ -52,5 +55,6 @@ __all__ = [
     "npo_loss",
     "removal_direction",
     "retain_loss",
+    "sophia_walk",
     "sweep",
 ]
