@@ -9,19 +9,18 @@ from unlearnlib.curvature.kronecker import kfac
 from unlearnlib.experiment.case import Case
 from unlearnlib.methods.first_order import (
     Loss,
-    adam_walk,
     ascent_direction,
     ascent_loss,
     kl_loss,
     npo_loss,
     retain_loss,
-    sgd_walk,
     with_retain,
 )
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
 from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
+from unlearnlib.methods.walks import adam_walk, sgd_walk
 from unlearnlib.weights import parameters, snapshot
 
 MAX_STEPS = 200
