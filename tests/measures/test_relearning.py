@@ -13,7 +13,7 @@ from unlearnlib.models.training import Training
 
 def test_curve_against_a_hand_written_loop():
     model, forget = tiny_model(), random_sequences(6)
-    curve = relearning.relearning_curve(model, forget, steps=3, learning_rate=1e-3)
+    curve = relearning.relearning_curve(model, forget[::2], forget[1::2], steps=3, learning_rate=1e-3)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3)
     expected = []
@@ -29,7 +29,7 @@ def test_curve_against_a_hand_written_loop():
 def test_the_probe_leaves_the_model_alone():
     model, forget = tiny_model(), random_sequences(6)
     before = mean_loss(model, forget)
-    relearning.relearning_curve(model, forget, steps=2, learning_rate=1e-2)
+    relearning.relearning_curve(model, forget[::2], forget[1::2], steps=2, learning_rate=1e-2)
     assert mean_loss(model, forget) == before
 
 
@@ -37,7 +37,9 @@ def test_what_shares_its_content_comes_back_and_what_does_not_stays_away():
     shared = random_sequences(4).repeat_interleave(2, dim=0)  # each odd row repeats the even row before it
     curves = {}
     for name, forget in {"shared": shared, "unrelated": random_sequences(8, seed=5)}.items():
-        curves[name] = relearning.relearning_curve(tiny_model(), forget, steps=30, learning_rate=1e-2)
+        curves[name] = relearning.relearning_curve(
+            tiny_model(), forget[::2], forget[1::2], steps=30, learning_rate=1e-2
+        )
     assert relearning.fall(curves["shared"]) > relearning.fall(curves["unrelated"]) + 1
 
 
@@ -56,5 +58,8 @@ def test_what_ascent_hid_falls_further_than_what_was_never_learnt():
     optimizer = torch.optim.SGD(knows.parameters(), lr=1e-2)
     steps = walks.descend(knows, first_order.ascent_loss, forget, other, optimizer, seed=0)
     assert matching.Walk(knows, steps, forget).to(target).reached
-    falls = [relearning.fall(relearning.relearning_curve(m, forget, 30, 1e-3)) for m in (knows, never)]
+    falls = [
+        relearning.fall(relearning.relearning_curve(m, forget[::2], forget[1::2], 30, 1e-3))
+        for m in (knows, never)
+    ]
     assert falls[0] > falls[1] + 0.1

@@ -2,6 +2,7 @@
 
 from unlearnlib.experiment.case import Case, make_cases, model_name
 from unlearnlib.experiment.chapters import chapter
+from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
@@ -12,11 +13,13 @@ from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
 __all__ = [
     "SHARES",
     "Case",
+    "Contender",
     "Profile",
     "Report",
     "RequestCase",
     "architectures",
     "chapter",
+    "contenders_on",
     "curvature_builders",
     "earnings_news",
     "frontier_table",

@@ -19,6 +19,10 @@ SECOND_SEED = 1000
 """Added to a case's seed for the second retrained model, which differs by initial weights and batch order."""
 
 
+REFERENCE_SEED = 2000
+"""Added to a case's seed for its first reference model, and 1000 more for each further one."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One repetition: the splits of one seed, and the models that belong to them.
@@ -83,6 +87,16 @@ class Case:
     def retrained_again(self, device: torch.device | str | None = None) -> PreTrainedModel:
         """The gold standard once more, from other initial weights and in another order: the noise floor."""
         return load_trained(self.runs()["retrained_again"], device)
+
+    def references(self, device: torch.device | str | None = None) -> Iterator[PreTrainedModel]:
+        """The profile's reference models, one at a time: what an attacker compares with who knows what was kept.
+
+        Trained on the retain sequences from other initial weights, and so strangers to forget and holdout alike.
+        No other model of the case is among them.
+        """
+        retrained = self.runs()["retrained"]
+        for i in range(self.profile.references):
+            yield load_trained(replace(retrained, seed=self.seed + REFERENCE_SEED + SECOND_SEED * i), device)
 
 
 def make_cases(profile: Profile, change: Callable[[Case], Case] | None = None) -> list[Case]:

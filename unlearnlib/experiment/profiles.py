@@ -16,8 +16,9 @@ class Profile:
     train from scratch, with a tokenizer of ``vocabulary`` entries trained on the corpus, or the name of a
     pretrained model, fine-tuned with its own tokenizer (``vocabulary`` is None), all of it or only its
     ``last_blocks`` transformer blocks.
-    The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``.
-    Each of ``seeds`` draws its own splits, initial weights and batch order.
+    The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``. So many ``references`` are
+    trained for the calibrated attack; with none there is no such attack. Each of ``seeds`` draws its own splits,
+    initial weights and batch order.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Profile:
     relearning_steps: int = 30
     relearning_rate: float = 1e-4
     last_blocks: int | None = None
+    references: int = 2
 
 
 QUICK = Profile(

@@ -6,22 +6,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from unlearnlib.cost import Cost, Meter
 from unlearnlib.experiment.case import Case, model_name
+from unlearnlib.experiment.contenders import Contender
 from unlearnlib.losses import batched, mean_loss, sequence_losses
-from unlearnlib.measures.evaluation import loss_correlation, membership, membership_auc, read
+from unlearnlib.measures import relearning
+from unlearnlib.measures.attacks import calibrated, true_positive_rate
+from unlearnlib.measures.evaluation import (
+    Reading,
+    loss_correlation,
+    membership,
+    membership_auc,
+    min_k_scores,
+    read,
+)
 from unlearnlib.measures.extraction import extraction_likelihood
-from unlearnlib.measures.relearning import fall, relearning_curve
 from unlearnlib.measures.rounding import rounded
 from unlearnlib.methods import matching
 from unlearnlib.methods.matching import Match, Path
+from unlearnlib.methods.tuning import MOST, Choice, choose
 
 SHARES = (0.5, 0.75, 1.0, 1.25)
 """Where on its way from the original's forget loss to the retrained model's a method stops for the frontier."""
+
+ENOUGH = 100
+"""How many sequences that are no members it takes to speak of 1 % false alarms."""
 
 
 @dataclass
@@ -29,8 +43,9 @@ class Report:
     """Measures models of one case against its retrained model, and keeps all that the chapter's tables need.
 
     ``rows`` are the rows of the results table and ``frontier`` the points of the frontier; by method, ``curves``
-    are the relearning curves, ``matches`` the ends of the searches for matched forgetting and ``costs`` what these
-    took. Where ``rounding`` is set the models are also measured with their weights rounded to 8 and 4 bits. Where
+    are the relearning curves and ``controls`` those of the control, ``matches`` the ends of the searches for
+    matched forgetting and ``costs`` what these took, and ``choices`` the settings that were chosen. Where
+    ``rounding`` is set the models are also measured with their weights rounded to 8 and 4 bits. Where
     ``extraction`` is set they are measured by what greedy continuation brings out of the forget sequences after
     every so many tokens. Raises ValueError for shares that do not ascend or do not hold 1.
     """
@@ -43,17 +58,29 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     frontier: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    controls: dict[str, list[float]] = field(default_factory=dict)
     matches: dict[str, Match] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if 1.0 not in self.shares or list(self.shares) != sorted(self.shares):
             raise ValueError(f"the shares must ascend and hold 1.0, the target, unlike {self.shares}")
 
     @functools.cached_property
-    def retrained_curve(self) -> list[float]:
-        """The retrained model's own relearning curve, against which all others are judged."""
+    def retrained_curves(self) -> tuple[list[float], list[float]]:
+        """The retrained model's own relearning curve and its control, against which all others are judged."""
         return self._relearn(self.retrained)
+
+    @functools.cached_property
+    def reference_scores(self) -> tuple[Tensor, Tensor] | None:
+        """Min-K% scores of the case's reference models on forget and on holdout, each [models, n]."""
+        splits = self.case.splits
+        scores = [
+            [min_k_scores(read(model, rows).losses) for rows in (splits.forget, splits.holdout)]
+            for model in self.case.references()
+        ]
+        return tuple(map(torch.stack, zip(*scores, strict=True))) if scores else None
 
     @functools.cached_property
     def retrained_losses(self) -> Tensor:
@@ -97,6 +124,7 @@ class Report:
             "kl_forget": forget.divergence,
             "kl_holdout": holdout.divergence,
             **membership(forget, holdout),
+            **self._calibrated(forget, holdout),
             "loss_correlation": loss_correlation(forget.losses.mean(dim=1), self.retrained_losses),
             "memorisation_accuracy": forget.accuracy,
             **(self._with_rounding(model) if self.rounding and not brief else {}),
@@ -105,6 +133,19 @@ class Report:
         if self.extraction:
             values["extraction_el10"] = extraction_likelihood(model, splits.forget, stride=self.extraction)
         self.add(method, values)
+        return values
+
+    def _calibrated(self, forget: Reading, holdout: Reading) -> dict[str, float]:
+        """Calibrated Min-K%: its AUC, and if holdout is large enough what it finds at 1 % false alarms."""
+        if self.reference_scores is None:
+            return {}
+        members, others = (
+            calibrated(min_k_scores(one.losses), scores)
+            for one, scores in zip((forget, holdout), self.reference_scores, strict=True)
+        )
+        values = {"membership_auc_calibrated": membership_auc(members, others)}
+        if len(others) >= ENOUGH:
+            values["membership_tpr"] = true_positive_rate(members, others)
         return values
 
     def _with_rounding(self, model: PreTrainedModel) -> dict[str, float]:
@@ -119,17 +160,25 @@ class Report:
         return values
 
     def probe(self, method: str, model: PreTrainedModel) -> None:
-        """Run the relearning probe on a copy of ``model``; keep its curve and note ``relearned_nats``.
+        """Run the relearning probe on copies of ``model``; keep its curves and note what was relearned, in nats.
 
-        The fall is measured against that of the retrained model's curve.
+        ``relearned_nats`` is the fall above that of the retrained model, ``relearned_net_nats`` the same of the
+        fall net of the control's.
         """
-        curve = self.retrained_curve if model is self.retrained else self._relearn(model)
-        self.curves[method] = curve
-        self.add(method, {"relearned_nats": fall(curve) - fall(self.retrained_curve)})
+        own = self.retrained_curves
+        curves = own if model is self.retrained else self._relearn(model)
+        self.curves[method], self.controls[method] = curves
+        values = {
+            "relearned_nats": relearning.fall(curves[0]) - relearning.fall(own[0]),
+            "relearned_net_nats": relearning.net_fall(curves) - relearning.net_fall(own),
+        }
+        self.add(method, values)
 
-    def _relearn(self, model: PreTrainedModel) -> list[float]:
-        profile = self.case.profile
-        return relearning_curve(model, self.case.splits.forget, profile.relearning_steps, profile.relearning_rate)
+    def _relearn(self, model: PreTrainedModel) -> tuple[list[float], list[float]]:
+        profile, splits = self.case.profile, self.case.splits
+        return relearning.probe(
+            model, splits.forget, splits.holdout, profile.relearning_steps, profile.relearning_rate
+        )
 
     def reference(self, method: str, model: PreTrainedModel) -> None:
         """Measure and probe a model that nothing has to be matched for."""
@@ -144,21 +193,39 @@ class Report:
         table = matching.sweep(settings, path, self.case.validation, self.target)
         return table.assign(excess=table["validation_loss"] - self.retrained_validation)
 
-    def match(self, method: str, path: Path, brief: bool = False) -> Match:
-        """Take a method to matched forgetting and measure its model there; unless ``brief``, probe it as well."""
-        with Meter(path.model.device) as meter:
+    def choose(self, method: str, contender: Contender, most: int = MOST) -> dict[str, float]:
+        """:func:`unlearnlib.methods.tuning.choose` at this case's target, on its validation sequences.
+
+        Keeps the choice in ``choices``, notes ``settings_tried`` and the ``choosing_passes`` it took, and
+        returns the setting.
+        """
+        choice = choose(contender.knobs, contender.path, self.case.validation, self.target, most)
+        self.choices[method] = choice
+        self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
+        return choice.setting
+
+    def match(self, method: str, path: Path | Callable[[], Path], brief: bool = False) -> Match:
+        """Take a method to matched forgetting and measure its model there; unless ``brief``, probe it as well.
+
+        What it costs to make the path, such as to estimate a curvature, counts where ``path`` is what makes it.
+        """
+        with Meter(self.retrained.device) as meter:
+            path = path() if callable(path) else path
             match = path.to(self.target)
         self._note(method, path, match, meter.cost, brief)
         return match
 
-    def follow(self, method: str, path: Path) -> Match:
+    def follow(self, method: str, path: Path | Callable[[], Path]) -> Match:
         """Take a method along the frontier; at matched forgetting measure and probe what it has made.
 
         The path is followed to each of ``shares`` in turn, which ascend and hold 1. A method that cannot get to a
         point is measured where it ended, with ``reached`` 0, and goes no further. Returns the match at the
-        target, or where it ended short of it: of a method in steps its strength is their total number.
+        target, or where it ended short of it: of a method in steps its strength is their total number. As in
+        :meth:`match`, ``path`` may be what makes it.
         """
-        spent = Cost(0.0, 0)
+        with Meter(self.retrained.device) as meter:
+            path = path() if callable(path) else path
+        spent = meter.cost
         for share in tqdm(self.shares, f"{method}, seed {self.case.seed}", leave=False, mininterval=1.0):
             with Meter(path.model.device) as meter:
                 match = path.to(self.original_loss + share * (self.target - self.original_loss))
@@ -174,7 +241,8 @@ class Report:
 
     def _note(self, method: str, path: Path, match: Match, spent: Cost, brief: bool = False) -> None:
         self.matches[method], self.costs[method] = match, spent
-        self.measure(method, path.model, brief, strength=match.strength, reached=float(match.reached))
+        told = {"strength": match.strength, "reached": float(match.reached), "plain_passes": spent.plain_passes}
+        self.measure(method, path.model, brief, **told)
         if not brief:
             self.probe(method, path.model)
 

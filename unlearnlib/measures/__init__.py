@@ -1,6 +1,7 @@
 """What is measured on a model: losses, divergence, membership, extraction, exposure, relearning, rounding."""
 
 from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
+from unlearnlib.measures.attacks import calibrated, true_positive_rate
 from unlearnlib.measures.evaluation import (
     Reading,
     auc_error,
@@ -19,13 +20,14 @@ from unlearnlib.measures.exposure import (
     text_losses,
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
-from unlearnlib.measures.relearning import fall, relearning_curve
+from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
 __all__ = [
     "Reading",
     "auc_error",
     "batched",
+    "calibrated",
     "candidates",
     "continuations",
     "expected_exposure",
@@ -41,11 +43,14 @@ __all__ = [
     "membership",
     "membership_auc",
     "min_k_scores",
+    "net_fall",
+    "probe",
     "read",
     "relearning_curve",
     "rounded",
     "sequence_losses",
     "text_losses",
     "token_losses",
+    "true_positive_rate",
     "verbatim_length",
 ]

@@ -28,10 +28,12 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.tuning import Choice, choose
 from unlearnlib.methods.walks import RepairedAscent, adam_walk, descend, sgd_walk
 
 __all__ = [
     "TOLERANCE",
+    "Choice",
     "Line",
     "Match",
     "Path",
@@ -43,6 +45,7 @@ __all__ = [
     "ascent_direction",
     "ascent_loss",
     "best_setting",
+    "choose",
     "descend",
     "forgetting_noise",
     "held_direction",

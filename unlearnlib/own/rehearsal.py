@@ -48,12 +48,16 @@ def check_measuring(model: PreTrainedModel, two: Tensor, source: str) -> None:
             f"the weights of {source} are damaged: {damaged[0]} has values that are not finite. If those are of "
             "tokens that are never used, set them to 0"
         )
-    # The probe of one step does all of it: it copies the model, trains the copy and measures that.
-    failure = _failure(lambda: relearning_curve(model, two, 1, 0.0))
+
+    def trains(rows: Tensor) -> str:
+        """A step of the probe does all that comes: it copies the model, trains the copy and measures that."""
+        return _failure(lambda: relearning_curve(model, rows[:1], rows[1:], 1, 0.0))
+
+    failure = trains(two)
     if failure:
         shorter = two[:, : max(2, two.shape[1] // 2)]
         advice = "no other length helps, the architecture cannot be used"
-        if shorter.shape[1] < two.shape[1] and not _failure(lambda: relearning_curve(model, shorter, 1, 0.0)):
+        if shorter.shape[1] < two.shape[1] and not trains(shorter):
             advice = "take a smaller length"
         raise ValueError(f"{source} cannot read sequences of {two.shape[1]} tokens ({failure}): {advice}")
     with torch.no_grad():

@@ -58,7 +58,8 @@ def measure(model: PreTrainedModel, material: Material, learning_rate: float) ->
         values["membership_auc_error"] = auc_error(values["membership_auc"], number, others)
     if few.shape[1] >= 18:
         values["extraction_el10"] = extraction.extraction_likelihood(model, few)
-    curve = relearning.relearning_curve(model, few, PROBE_STEPS, learning_rate) if len(few) > 1 else [math.nan]
+    halves = few[::2], few[1::2]
+    curve = relearning.relearning_curve(model, *halves, PROBE_STEPS, learning_rate) if len(few) > 1 else [math.nan]
     values["relearning"] = curve if all(map(math.isfinite, curve)) else None
     if values["relearning"]:
         values["relearned_fall"] = relearning.fall(curve)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from helpers import random_sequences, tiny_model
+
+from unlearnlib.experiment import contenders
+from unlearnlib.experiment.curvatures import curvature_builders
+from unlearnlib.losses import mean_loss
+
+
+class ToyCase:
+    """What contenders ask of a case, on a model that knows nothing."""
+
+    seed = 0
+
+    class splits:
+        forget = random_sequences(6)
+
+    estimation = random_sequences(20, seed=1)
+
+    def original(self):
+        return tiny_model(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def all_of_them():
+    case = ToyCase()
+    builds = curvature_builders(case.estimation, m=8, m_recursion=8, block_size=8)
+    return case, contenders.contenders_on(case, builds)
+
+
+def test_every_contender_forgets_with_the_setting_in_the_middle(all_of_them):
+    case, everyone = all_of_them
+    before = mean_loss(case.original(), case.splits.forget)
+    for method, contender in everyone.items():
+        if method == "finetuned":  # never looks at what is to be forgotten
+            assert contender.reads == "retain"
+            continue
+        path = contender.path(**{name: grid[len(grid) // 2] for name, grid in contender.knobs.items()})
+        match = path.to(before + 0.05)
+        assert match.reached, method
+        assert mean_loss(path.model, case.splits.forget) == pytest.approx(before + 0.05, abs=0.011), method
+
+
+def test_a_curvature_is_built_once_and_each_path_starts_at_the_original(all_of_them):
+    case, _ = all_of_them
+    built = []
+    builder = curvature_builders(case.estimation, m=8)["fisher_dual"]
+
+    def build(model):
+        built.append(model)
+        return builder(model)
+
+    path = contenders.removal(case, "fisher_dual", build).path
+    before = mean_loss(case.original(), case.splits.forget)
+    first = path(damping=1e-3)
+    first.to(before + 0.05)
+    second = path(damping=1e-2)
+    assert second.to(before).strength == 0
+    assert len(built) == 1
