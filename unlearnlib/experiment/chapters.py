@@ -89,7 +89,19 @@ REAL_MODEL = {
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
-    "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
+    "gradient_ascent": {
+        "quick": {
+            "seeds": 1,
+            "forget": 32,
+            "retain": 256,
+            "holdout": 128,
+            "relearning_steps": 10,
+            "steps": 40,
+            "tried": 7,
+        },
+        "cpu": {"steps": 200, "tried": 12},
+        "gpu": {"steps": 200, "tried": 12},
+    },
     "newton": {
         "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
         "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
