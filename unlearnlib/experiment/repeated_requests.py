@@ -19,17 +19,11 @@ from unlearnlib.losses import counted_passes, mean_loss
 from unlearnlib.measures import relearning
 from unlearnlib.measures.attacks import calibrated, true_positive_rate
 from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
-from unlearnlib.methods.first_order import (
-    Loss,
-    adam_walk,
-    ascent_direction,
-    ascent_loss,
-    sgd_walk,
-    with_retain,
-)
+from unlearnlib.methods.first_order import Loss, ascent_direction, ascent_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import TOLERANCE, Line, Match, Path
 from unlearnlib.methods.tuning import MOST, Choice, Knobs, choose
+from unlearnlib.methods.walks import adam_walk, sgd_walk
 from unlearnlib.models.training import Run, load_trained
 from unlearnlib.weights import Vector, add, difference, dot, parameters, set_weights, snapshot
 
@@ -172,8 +166,7 @@ class Series:
 
         Noted of every request: ``before_excess``, the loss of its set minus the target before it was served,
         ``strength`` and ``reached`` of the match, and the ``plain_passes`` that it took. After every ``every``
-        requests the model is measured. With
-        ``trail`` the weights are kept in ``trails``.
+        requests the model is measured. With ``trail`` the weights are kept in ``trails``.
         """
         matches, places = [], [snapshot(model)]
         for request, (forget, target) in enumerate(zip(self.sets, self.targets, strict=True), start=1):
