@@ -19,7 +19,7 @@ from unlearnlib.losses import counted_passes, mean_loss
 from unlearnlib.measures import relearning
 from unlearnlib.measures.attacks import calibrated, true_positive_rate
 from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
-from unlearnlib.methods.first_order import Loss, ascent_direction, ascent_loss, with_retain
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import TOLERANCE, Line, Match, Path
 from unlearnlib.methods.tuning import MOST, Choice, Knobs, choose
@@ -296,17 +296,8 @@ class Opening:
         )
 
 
-def adam_step(loss: Loss, kept: Tensor, learning_rate: float, seed: int, most: int = MAX_STEPS) -> Step:
-    """Adam on ``loss``, with batches of the set and of ``kept``; ``most`` steps a request at the most."""
-
-    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
-        return adam_walk(model, loss, forget, kept, learning_rate, 1000 * seed + request, most)
-
-    return step
-
-
 def batches_step(learning_rate: float, seed: int, most: int = MAX_STEPS) -> Step:
-    """Ascent batch by batch with plain SGD, each batch a quarter of the set; ``most`` steps a request."""
+    """Ascent with plain SGD, each batch a quarter of the set; ``most`` steps a request at the most."""
 
     def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
         batch, own_seed = max(1, len(forget) // 4), 1000 * seed + request
@@ -318,8 +309,16 @@ def batches_step(learning_rate: float, seed: int, most: int = MAX_STEPS) -> Step
 def difference_step(
     kept: Tensor, learning_rate: float, retain_weight: float, seed: int, most: int = MAX_STEPS
 ) -> Step:
-    """Gradient difference with Adam: −L(set) + ``retain_weight`` L(kept)."""
-    return adam_step(with_retain(ascent_loss, retain_weight), kept, learning_rate, seed, most)
+    """Gradient difference with Adam: −L(set) + ``retain_weight`` L(kept), ``most`` steps a request at the most.
+
+    With weight 0 it is ascent with Adam, which does not read ``kept``.
+    """
+    loss = with_retain(ascent_loss, retain_weight) if retain_weight else ascent_loss
+
+    def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
+        return adam_walk(model, loss, forget, kept, learning_rate, 1000 * seed + request, most)
+
+    return step
 
 
 def fisher_step(
