@@ -44,13 +44,16 @@ PRIVATE = {
     "forget": 64,
     "retain": 448,
     "holdout": 256,
-    "dampings": (1e-6, 1e-5, 1e-4, 1e-3),
     "epsilons": (1, 8, 100, 2000),
-    "rates": (3e-3, 1e-2, 3e-2),
+    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (32, 64, 128), "epochs": (5, 10, 20)},
+    "most": 12,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
     "left_out_seeds": {"maths": (4,)},
 }
+
+# Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
+SERIES = {"size": 16, "opening": 3, "most": 12}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
@@ -275,14 +278,20 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dp_sgd": {
         "quick": PRIVATE
-        | {"corpora": "reuters", "epsilons": (1, 100, 2000), "rates": (1e-2,), "shorter": (1, 3, 5)},
+        | {
+            "corpora": "reuters",
+            "epsilons": (1, 100, 2000),
+            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "most": 5,
+            "shorter": (1, 3, 5),
+        },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
     },
     "repeated_requests": {
-        "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
-        "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
-        "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
+        "quick": SERIES | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 6},
+        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
+        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
     },
     "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
 }
