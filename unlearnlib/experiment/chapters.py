@@ -52,6 +52,9 @@ PRIVATE = {
     "left_out_seeds": {"maths": (4,)},
 }
 
+# "most" settings of a method are tried, for each of the architectures "most_each".
+FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
+
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
 REAL_MODEL = {
@@ -142,9 +145,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
-        "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
-        "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
+        "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
+        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
     },
     "cost": {
         "quick": {
