@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.report import Report
-from unlearnlib.methods.first_order import adam_walk, ascent_direction, retain_loss
+from unlearnlib.methods.first_order import ascent_direction, retain_loss
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import Line
 from unlearnlib.methods.tuning import MOST
+from unlearnlib.methods.walks import adam_walk
 from unlearnlib.weights import snapshot
 
 Settings = Mapping[str, Mapping[str, float]]

@@ -4,28 +4,40 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
+from unlearnlib.curvature.kronecker import kfac
 from unlearnlib.experiment.case import Case
+from unlearnlib.losses import batched, hidden_states
 from unlearnlib.methods.first_order import (
     Loss,
-    adam_walk,
+    activation_loss,
     ascent_direction,
     ascent_loss,
     kl_loss,
     npo_loss,
     retain_loss,
-    sgd_walk,
+    rmu_loss,
+    simnpo_loss,
     with_retain,
 )
-from unlearnlib.methods.fisher_updates import Build, removal_direction
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
-from unlearnlib.weights import snapshot
+from unlearnlib.methods.walks import RepairedAscent, adam_walk, sgd_walk
+from unlearnlib.weights import parameters, snapshot
 
 MAX_STEPS = 200
 """After so many steps of an optimizer a method that has not reached the target is given up."""
 
 BETA = 0.1
 """β of NPO where it is no knob: the value of its authors."""
+
+SIMNPO_BETA = 0.7
+"""β of SimNPO; the margin γ is 0. Its authors take both for continuing plain text, of news and of books."""
+
+FARTHER = 2.0
+"""How long RMU's random vector is, in mean lengths of the original's activations on the forget set."""
 
 RATES = {"learning_rate": (1e-4, 4e-4, 1.6e-3)}
 WEIGHTS = RATES | {"retain_weight": (1.0, 4.0, 16.0)}
@@ -51,12 +63,17 @@ class Contender:
     path: Callable[..., Path]
 
 
-def contenders_on(case: Case, builds: Mapping[str, Build]) -> dict[str, Contender]:
-    """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``."""
-    return first_order(case) | {method: removal(case, method, build) for method, build in builds.items()}
+def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_STEPS) -> dict[str, Contender]:
+    """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``.
+
+    What goes in steps of an optimizer takes ``max_steps`` at the most.
+    """
+    return first_order(case, max_steps) | {
+        method: removal(case, method, build) for method, build in builds.items()
+    }
 
 
-def first_order(case: Case) -> dict[str, Contender]:
+def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
     """By method, the first-order contenders on ``case``."""
     forget, retain = case.splits.forget, case.estimation
 
@@ -65,10 +82,10 @@ def first_order(case: Case) -> dict[str, Contender]:
         return Line(model, ascent_direction(model, forget), forget)
 
     def batches(learning_rate: float) -> Path:
-        return sgd_walk(case.original(), ascent_loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+        return sgd_walk(case.original(), ascent_loss, forget, retain, learning_rate, case.seed, max_steps)
 
     def adam(loss: Loss, learning_rate: float) -> Path:
-        return adam_walk(case.original(), loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+        return adam_walk(case.original(), loss, forget, retain, learning_rate, case.seed, max_steps)
 
     def difference(learning_rate: float, retain_weight: float) -> Path:
         return adam(with_retain(ascent_loss, retain_weight), learning_rate)
@@ -81,6 +98,24 @@ def first_order(case: Case) -> dict[str, Contender]:
 
     def npo_retain(learning_rate: float, retain_weight: float) -> Path:
         return adam(with_retain(npo_loss(case.original(), BETA), retain_weight), learning_rate)
+
+    def simnpo(learning_rate: float, retain_weight: float) -> Path:
+        return adam(with_retain(simnpo_loss(SIMNPO_BETA), retain_weight), learning_rate)
+
+    @functools.cache
+    def misdirected() -> tuple[Loss, Loss]:
+        """What RMU descends on forget and on retain: it acts in the middle of the model."""
+        model = case.original()
+        layer = model.config.get_text_config().num_hidden_layers // 2
+        lengths = batched(lambda model, rows: hidden_states(model, rows, layer).norm(dim=2), model, forget)
+        return rmu_loss(layer, FARTHER * lengths.mean().item(), case.seed), activation_loss(model, layer)
+
+    def rmu(learning_rate: float, retain_weight: float) -> Path:
+        away, keep = misdirected()
+        return adam(with_retain(away, retain_weight, keep), learning_rate)
+
+    def repaired(learning_rate: float, overshoot: float) -> Path:
+        return RepairedAscent(case.original(), forget, retain, learning_rate, overshoot, case.seed, max_steps)
 
     def finetuning(learning_rate: float) -> Path:
         return adam(retain_loss, learning_rate)
@@ -95,6 +130,9 @@ def first_order(case: Case) -> dict[str, Contender]:
         "gradient_difference": Contender(both, WEIGHTS, difference),
         "npo": Contender("forget", RATES | {"beta": (1e-2, 1e-1, 1.0)}, npo),
         "npo:retain": Contender(both, WEIGHTS, npo_retain),
+        "simnpo:retain": Contender(both, WEIGHTS, simnpo),
+        "rmu": Contender(both, WEIGHTS, rmu),
+        "gradient_ascent:repaired": Contender(both, RATES | {"overshoot": (0.25, 0.5, 1.0)}, repaired),
     }
 
 
@@ -112,3 +150,40 @@ def removal(case: Case, method: str, build: Build) -> Contender:
         return Line(model, removal_direction(curvature, delta, damping), forget, start)
 
     return Contender("forget, retain", {"damping": DAMPINGS[method.partition(":")[0]]}, path)
+
+
+def beyond(case: Case, build: Build, m_newton: int, steps: int = 4) -> dict[str, Contender]:
+    """By method, second-order contenders on ``case`` that go beyond one step over a fixed curvature.
+
+    ``soul`` takes many clipped diagonal steps, ``kfac:steps`` as many as ``steps`` steps of Fisher Removal, each
+    with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, with a few
+    conjugate gradients on the Gauss–Newton matrix of the first ``m_newton`` sequences, which K-FAC preconditions.
+    """
+    forget, retain = case.splits.forget, case.estimation
+
+    def soul(learning_rate: float, retain_weight: float) -> Path:
+        loss = with_retain(ascent_loss, retain_weight)
+        return sophia_walk(case.original(), loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+
+    def in_steps(damping: float) -> Path:
+        return RemovalInSteps(case.original(), forget, build, damping, steps, refresh=True, renew=True)
+
+    @functools.cache
+    def prepared() -> tuple:
+        model = case.original()
+        factors = kfac(model, retain, m_newton, case.seed)
+        return model, snapshot(model), factors, ascent_direction(model, forget)
+
+    def newton(damping: float, products: float) -> Path:
+        model, start, factors, delta = prepared()
+        everything = [tuple(parameters(model))]  # in one block
+        matrix = BlockGaussNewton(model, retain[:m_newton], everything, round(products), factors)
+        return Line(model, removal_direction(matrix, delta, damping), forget, start)
+
+    return {
+        "soul": Contender("forget, retain", WEIGHTS, soul),
+        "kfac:steps": Contender("forget, retain", {"damping": DAMPINGS["kfac"]}, in_steps),
+        "newton_cg:kfac": Contender(
+            "forget, retain", {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}, newton
+        ),
+    }

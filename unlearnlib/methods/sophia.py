@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature.per_sequence_gradients import sampled_losses
-from unlearnlib.methods.first_order import Loss, descend
+from unlearnlib.methods.first_order import Loss
 from unlearnlib.methods.matching import Walk
+from unlearnlib.methods.walks import descend
 
 
 class Sophia(torch.optim.Optimizer):
@@ -79,7 +80,7 @@ def sophia_walk(
     batch_size: int = 32,
     every: int = 10,
 ) -> Walk:
-    """As :func:`unlearnlib.methods.first_order.adam_walk`, with Sophia in the place of Adam.
+    """As :func:`unlearnlib.methods.walks.adam_walk`, with Sophia in the place of Adam.
 
     Before every ``every``-th step, the first among them, h takes in an estimate from a batch of ``retain``: the
     curvature is that of what stays. The weights of the running means and γ are those of SOUL's experiment on TOFU
