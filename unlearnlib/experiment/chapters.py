@@ -94,14 +94,23 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
     "newton": {
-        "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
-        "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
-        "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
+        "quick": {
+            "seeds": 1,
+            "sequences": 64,
+            "steps": 20,
+            "most": 6,
+            "draws": 10,
+            "noise_draws": 3,
+            "requests": 120,
+        },
+        "cpu": {"sequences": 256, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
+        "gpu": {"sequences": 512, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
     },
     "fisher": {
         "quick": {
             "seeds": 1,
             "second_seeds": 1,
+            "most": 6,
             "m": 256,
             "m_recursion": 256,
             "block_size": 64,
@@ -115,6 +124,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "seeds": 5,
             "second_seeds": 5,
+            "most": 12,
             "m": 840,
             "m_recursion": 256,
             "block_size": 64,
@@ -128,6 +138,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {
             "seeds": 3,
             "second_seeds": 1,
+            "most": 12,
             "m": 32,
             "m_recursion": 16,
             "block_size": 64,
