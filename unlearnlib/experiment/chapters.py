@@ -54,6 +54,8 @@ PRIVATE = {
 
 # Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
 SERIES = {"size": 16, "opening": 3, "most": 12}
+# "most" settings of a method are tried, for each of the architectures "most_each".
+FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
@@ -106,14 +108,23 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"steps": 200, "tried": 12},
     },
     "newton": {
-        "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
-        "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
-        "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
+        "quick": {
+            "seeds": 1,
+            "sequences": 64,
+            "steps": 20,
+            "most": 6,
+            "draws": 10,
+            "noise_draws": 3,
+            "requests": 120,
+        },
+        "cpu": {"sequences": 256, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
+        "gpu": {"sequences": 512, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
     },
     "fisher": {
         "quick": {
             "seeds": 1,
             "second_seeds": 1,
+            "most": 6,
             "m": 256,
             "m_recursion": 256,
             "block_size": 64,
@@ -127,6 +138,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "seeds": 5,
             "second_seeds": 5,
+            "most": 12,
             "m": 840,
             "m_recursion": 256,
             "block_size": 64,
@@ -140,6 +152,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {
             "seeds": 3,
             "second_seeds": 1,
+            "most": 12,
             "m": 32,
             "m_recursion": 16,
             "block_size": 64,
@@ -157,9 +170,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
-        "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
-        "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
+        "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
+        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
     },
     "cost": {
         "quick": {
