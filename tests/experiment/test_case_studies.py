@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.experiment import case_studies, curvatures, four_datasets, profiles
+from unlearnlib.experiment import case_studies, comparison, curvatures, profiles
 from unlearnlib.methods import matching
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
@@ -18,7 +18,11 @@ from unlearnlib.texts import corpora
 REPEATS = [1, 2]
 IN_SPLITS = {"holdout": 3, "forget": 4, "retain": 8}
 WORDS = ["ship", "mast", "sail", "wind", "tide", "rope", "deck", "gale", "port", "crew"]
-GRIDS = {"kfac": (1e-3, 1e-2), "gradient_difference": (1e-3, 3e-3), "npo": ((3e-3, 0.01),)}
+CHOSEN = {
+    "gradient_ascent": {},
+    "gradient_difference": {"learning_rate": 3e-3, "retain_weight": 2.0},
+    "kfac": {"damping": 1e-2},
+}
 PROFILE = dataclasses.replace(
     profiles.PROFILES["quick"],
     corpus="posts",
@@ -153,20 +157,16 @@ def test_verbatim_counts_the_tokens_before_the_first_that_differs(tale):
     assert case_studies.verbatim(model, tale.kept, prompt) == pytest.approx(np.mean(counts))
 
 
-ALL = {"original", "retrained", "gradient_ascent", "gradient_difference", "npo", "kfac", "fisher_forgetting"}
+NOT_MATCHED = {"original", "retrained", "retrained:again", "finetuned"}
+ALL = {*NOT_MATCHED, *CHOSEN, "fisher_forgetting"}
 
 
 def test_every_method_is_matched_and_asked_for_secrets_and_senders(case):
     report = case_studies.SecretReport(case, case.retrained(), shares=(1.0,), of=16)
-    chosen = case_studies.choose(report, GRIDS, builds(case))
-    assert all(chosen[method] in grid for method, grid in GRIDS.items())
-    sweep = report.sweep(
-        GRIDS["gradient_difference"], lambda rate: four_datasets.adam_path(case, "gradient_difference", rate)
-    )
-    assert chosen["gradient_difference"] == matching.best_setting(sweep)
-    case_studies.unlearn(report, chosen, builds(case))
+    comparison.measure_references(report)
+    comparison.follow_methods(report, CHOSEN, builds(case))
     assert {row["method"] for row in report.rows} == ALL
-    for method in ALL - {"original", "retrained"}:
+    for method in ALL - NOT_MATCHED:
         [forget] = [r["value"] for r in report.rows if r["method"] == method and r["metric"] == "forget_loss"]
         assert abs(forget - report.target) <= matching.TOLERANCE + 1e-4
     metrics = ("exposure_bits", "secret_loss", "exposure_kept_bits", "secret_kept_loss")

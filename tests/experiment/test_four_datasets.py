@@ -7,8 +7,17 @@ from torch.nn import functional as F
 
 from unlearnlib import weights
 from unlearnlib.experiment import case as one_case
-from unlearnlib.experiment import chapters, curvatures, four_datasets, profiles, request_sets
+from unlearnlib.experiment import (
+    chapters,
+    comparison,
+    contenders,
+    curvatures,
+    four_datasets,
+    profiles,
+    request_sets,
+)
 from unlearnlib.experiment.report import Report
+from unlearnlib.losses import note_pass
 from unlearnlib.methods import matching
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
@@ -24,16 +33,8 @@ ROWS = [
     for i in range(20, 220)
 ]
 SHARES = (0.5, 1.0)
-GRIDS = {
-    "fisher_recursion": (1e-3, 1e-2),
-    "fisher_dual": (1e-2,),
-    "fisher_diagonal": (1e-3, 1e-2),
-    "kfac": (1e-2,),
-    "gradient_difference": (1e-3, 3e-3),
-    "npo": ((1e-3, 0.1), (3e-3, 0.01)),
-}
-SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
-MATCHED = ("gradient_ascent", "gradient_difference", "npo", *SECOND_ORDER, "fisher_forgetting")
+METHODS = ("gradient_ascent", "gradient_difference", "fisher_diagonal", "kfac")
+MATCHED = (*METHODS, "fisher_forgetting")
 PROFILE = dataclasses.replace(
     profiles.PROFILES["quick"],
     corpus="toy",
@@ -76,23 +77,19 @@ def loss(model, sequences):
 
 
 @pytest.fixture(scope="module")
-def sweeps(case):
-    return four_datasets.sweep_settings(Report(case, case.retrained()), GRIDS, builders(case))
+def chooser(case):
+    """A report that has chosen the settings of all methods."""
+    found = Report(case, case.retrained())
+    comparison.choose_settings(found, METHODS, builders(case), most=6)
+    return found
 
 
 @pytest.fixture(scope="module")
-def chosen(sweeps):
-    return {method: matching.best_setting(sweep) for method, sweep in sweeps.items()}
-
-
-@pytest.fixture(scope="module")
-def report(case, chosen):
+def report(case, chooser):
     found = four_datasets.QuestionReport(case, case.retrained(), shares=SHARES)
-    four_datasets.references(found)
-    four_datasets.first_order(found, chosen)
-    seconds = four_datasets.second_order(found, chosen, builders(case))
-    assert seconds.keys() == set(SECOND_ORDER)
-    assert min(seconds.values()) >= 0
+    comparison.measure_references(found)
+    chosen = {method: choice.setting for method, choice in chooser.choices.items()}
+    comparison.follow_methods(found, chosen, builders(case))
     return found
 
 
@@ -103,9 +100,11 @@ def values(report, metric):
 # Settings
 
 
-def test_every_setting_is_judged_by_validation_at_matched_forgetting(case, sweeps):
-    assert {method: tuple(sweep["setting"]) for method, sweep in sweeps.items()} == GRIDS
-    assert all(sweep["reached"].all() for sweep in sweeps.values())
+def test_settings_of_every_method_are_chosen_by_validation_at_matched_forgetting(case, chooser):
+    assert tuple(chooser.choices) == METHODS
+    tried = values(chooser, "settings_tried")
+    assert tried["gradient_ascent"] == 1
+    assert all(3 <= tried[method] <= 6 for method in METHODS[1:])
     model, forget = case.original(), case.splits.forget
     live = weights.parameters(model)
     delta = dict(zip(live, torch.autograd.grad(loss(model, forget), live.values()), strict=True))
@@ -114,44 +113,11 @@ def test_every_setting_is_judged_by_validation_at_matched_forgetting(case, sweep
         gradients = torch.autograd.grad(loss(model, sequence[None]), live.values())
         for name, gradient in zip(live, gradients, strict=True):
             squares[name] += gradient**2 / 6
-    for _, row in sweeps["fisher_diagonal"].iterrows():
-        direction = {name: delta[name] / (squares[name] + row["setting"]) for name in delta}
+    for _, row in chooser.choices["fisher_diagonal"].table.iterrows():
+        direction = {name: delta[name] / (squares[name] + row["damping"]) for name in delta}
         path = matching.Line(case.original(), direction, forget)
         assert path.to(loss(case.retrained(), forget).item()).reached
-        validation = loss(path.model, case.validation).item()
-        assert row["validation_loss"] == pytest.approx(validation, abs=0.01)
-        assert row["excess"] == pytest.approx(
-            validation - loss(case.retrained(), case.validation).item(), abs=0.01
-        )
-
-
-@pytest.mark.parametrize(("method", "setting"), [("gradient_difference", 3e-3), ("npo", (3e-3, 0.05))])
-def test_steps_of_adam_are_those_of_the_loss_written_out(case, method, setting):
-    rate, beta = setting if method == "npo" else (setting, None)
-    path = four_datasets.adam_path(case, method, setting)
-    model, original, forget, retain = case.original(), case.original(), case.splits.forget, case.estimation
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    for _ in range(3):  # all sequences are in every batch, for there are fewer than a batch holds
-        if method == "npo":
-            p, before = (
-                torch.stack([-(len(row) - 1) * loss(m, row[None]) for row in forget]) for m in (model, original)
-            )
-            value = (2 / beta * torch.log1p(torch.exp(beta * (p - before.detach())))).mean()
-        else:
-            value = loss(model, retain) - loss(model, forget)
-        assert next(path.steps) == pytest.approx(value.item(), abs=1e-4)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    assert path.max_steps == four_datasets.MAX_STEPS
-
-
-def test_no_setting_that_reaches_the_target_is_an_error(case, monkeypatch):
-    monkeypatch.setattr(four_datasets, "MAX_STEPS", 1)
-    grids = {"gradient_difference": (1e-6,)}
-    sweeps = four_datasets.sweep_settings(Report(case, case.retrained()), grids, builders(case))
-    with pytest.raises(ValueError, match="reaches the target: widen the grid"):
-        matching.best_setting(sweeps["gradient_difference"])
+        assert row["validation_loss"] == pytest.approx(loss(path.model, case.validation).item(), abs=0.01)
 
 
 # The comparison
@@ -171,6 +137,17 @@ def test_all_methods_end_at_the_retrained_models_forget_loss(report):
 def test_half_of_the_noise_forgets_a_part_and_the_step_the_rest(report):
     strengths = {method: match.strength for method, match in report.matches.items()}
     assert 0 < strengths["fisher_forgetting"] < strengths["kfac"]
+
+
+def test_passes_of_the_curvature_are_counted_with_each_method_that_needs_it(case, report):
+    def build(model):
+        note_pass(1000)
+        return builders(case)["kfac"](model)
+
+    dear = Report(case, case.retrained(), shares=(1.0,))
+    comparison.follow_methods(dear, {"kfac": {"damping": 1e-3}}, {"kfac": build})
+    assert min(values(dear, "plain_passes")[method] for method in ("kfac", "fisher_forgetting")) > 1000
+    assert values(report, "plain_passes")["fisher_forgetting"] < 1000
 
 
 def test_what_has_not_forgotten_is_not_probed(report):
@@ -244,7 +221,12 @@ def test_there_are_requests_of_every_size_and_kind_for_two_seeds(requests):
 
 def test_serving_measures_all_at_the_requests_own_target(requests):
     request = next(request for request in requests if request.size == 4)
-    rows = four_datasets.serve(request, 1e-2, 3e-3)
+    chosen = {
+        "gradient_ascent": {},
+        "kfac": {"damping": 1e-2},
+        "gradient_difference": {"learning_rate": 3e-3, "retain_weight": 2.0},
+    }
+    rows = four_datasets.serve(request, chosen)
     assert {(row["size"], row["kind"], row["seed"]) for row in rows} == {(4, "clustered", 0)}
     found = {(row["method"], row["metric"]): row["value"] for row in rows}
     original, retrained = request.original(), request.retrained()
@@ -253,8 +235,9 @@ def test_serving_measures_all_at_the_requests_own_target(requests):
         assert found["original", f"{name}_loss"] == pytest.approx(loss(original, sequences).item(), rel=1e-5)
         assert found["retrained", f"{name}_loss"] == pytest.approx(loss(retrained, sequences).item(), rel=1e-5)
     assert found["retrained", "kl_holdout"] == pytest.approx(0, abs=1e-6)
-    for method in ("gradient_ascent", "kfac", "gradient_difference"):
+    for method in chosen:
         assert found[method, "reached"] == 1
+        assert found[method, "plain_passes"] > 0
         assert found[method, "strength"] > 0
         target = found["retrained", "forget_loss"]
         assert found[method, "forget_loss"] == pytest.approx(target, abs=1.01 * matching.TOLERANCE)
@@ -264,10 +247,18 @@ def test_serving_measures_all_at_the_requests_own_target(requests):
 # Settings of the chapter
 
 
+@pytest.mark.parametrize("name", ["four_datasets", "case_studies"])
 @pytest.mark.parametrize("profile", profiles.PROFILES)
-def test_the_chapter_has_a_grid_for_every_method_that_has_a_setting(profile):
+def test_the_chapters_compare_contenders_there_are_with_trials_enough_for_each(case, profile, name):
+    _, sizes = chapters.chapter(name, profile)
+    known = contenders.contenders_on(case, builders(case))
+    assert set(sizes.methods) <= known.keys()
+    for method in sizes.methods:
+        assert sizes.most >= 1 + sum(len(grid) - 1 for grid in known[method].knobs.values())
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_the_corpora_of_the_chapter_are_known_and_its_last_share_is_the_target(profile):
     _, sizes = chapters.chapter("four_datasets", profile)
-    assert sizes.grids.keys() == {*SECOND_ORDER, "gradient_difference", "npo"}
     assert set(sizes.corpora.split(",")) <= corpora.CORPORA.keys()
     assert sizes.shares[-1] == 1.0
-    assert all(len(setting) == 2 for setting in sizes.grids["npo"])

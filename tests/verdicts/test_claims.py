@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from unlearnlib.verdicts import claims, results, rules
-from unlearnlib.verdicts.results import bootstrap_interval, write_results
+from unlearnlib.verdicts.results import interval, write_results
 from unlearnlib.verdicts.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
 SEEDS = range(5)
@@ -69,7 +69,7 @@ def test_c1_all_wins():
     assert tests["decides"].sum() == 4 * 3
     row = at(tests, corpus="maths", method="fisher_recursion", against="gradient_ascent")
     np.testing.assert_allclose(row["mean"], -0.4 - WIGGLE.mean())
-    interval = bootstrap_interval(-0.4 - WIGGLE)
+    interval = interval(-0.4 - WIGGLE)
     np.testing.assert_allclose([row["low"], row["high"]], interval, atol=0.002)  # other rounding, other resamples
     assert (row["pairs"], row["agree"], row["unit"], row["t_verdict"]) == (5, 5, "nats", REPRODUCED)
 

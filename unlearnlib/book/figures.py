@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from unlearnlib.verdicts.results import bootstrap_interval, method_label
+from unlearnlib.verdicts.results import interval, method_label
 
 # Okabe & Ito's palette, safe for the common kinds of colour blindness; markers tell methods apart without it.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -109,9 +109,9 @@ def plot_frontier(ax: Axes, table: pd.DataFrame, methods: Sequence[str]) -> None
             if len(point) == seeds:
                 x.append(point["forget_excess"].mean())
                 mean.append(point["holdout_excess"].mean())
-                interval = bootstrap_interval(point["holdout_excess"])
-                low.append(interval[0])
-                high.append(interval[1])
+                ends = interval(point["holdout_excess"])
+                low.append(ends[0])
+                high.append(ends[1])
         style = method_style(method)
         ax.plot(x, mean, label=method_label(method), **{"markersize": 6} | style)
         ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

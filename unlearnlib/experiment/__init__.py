@@ -2,6 +2,7 @@
 
 from unlearnlib.experiment.case import Case, make_cases, model_name
 from unlearnlib.experiment.chapters import chapter
+from unlearnlib.experiment.comparison import choose_settings, follow_methods, measure_references
 from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
@@ -19,12 +20,15 @@ __all__ = [
     "RequestCase",
     "architectures",
     "chapter",
+    "choose_settings",
     "contenders_on",
     "curvature_builders",
     "earnings_news",
+    "follow_methods",
     "frontier_table",
     "get_profile",
     "make_cases",
+    "measure_references",
     "model_name",
     "on_second_corpus",
     "requests_of_sizes",

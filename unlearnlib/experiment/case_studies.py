@@ -12,14 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearnlib.experiment.case import Case
-from unlearnlib.experiment.four_datasets import first_order, second_order, sweep_settings
 from unlearnlib.experiment.profiles import Profile
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss, token_losses
 from unlearnlib.measures.exposure import candidates, exposure, exposure_bits, text_losses
 from unlearnlib.measures.extraction import continuations, verbatim_length
-from unlearnlib.methods.fisher_updates import Build
-from unlearnlib.methods.matching import best_setting
 from unlearnlib.models.loading import load_tokenizer
 from unlearnlib.models.training import train_missing
 from unlearnlib.texts.corpora import load_corpus
@@ -237,16 +234,3 @@ def verbatim(model: PreTrainedModel, known: Tensor, prompt: int) -> float:
     """Mean number of tokens continued word for word after the first ``prompt`` of each row of ``known``."""
     said = continuations(model, known[:, :prompt], known.shape[1] - prompt)
     return float(np.mean([verbatim_length(*pair) for pair in zip(said, known[:, prompt:], strict=True)]))
-
-
-def choose(report: Report, grids: Mapping[str, Iterable[Any]], builds: Mapping[str, Build]) -> dict[str, Any]:
-    """By method, the setting of its grid with the smallest validation loss at matched forgetting."""
-    return {method: best_setting(table) for method, table in sweep_settings(report, grids, builds).items()}
-
-
-def unlearn(report: Report, chosen: Mapping[str, Any], builds: Mapping[str, Build]) -> None:
-    """Measure the original and the retrained model, and every method at matched forgetting, as ``chosen``."""
-    report.reference("original", report.case.original())
-    report.reference("retrained", report.retrained)
-    first_order(report, chosen)
-    second_order(report, chosen, builds)

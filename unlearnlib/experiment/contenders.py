@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from unlearnlib.experiment.case import Case
 from unlearnlib.methods.first_order import (
     Loss,
-    adam_walk,
     ascent_direction,
     ascent_loss,
     kl_loss,
     npo_loss,
     retain_loss,
-    sgd_walk,
     with_retain,
 )
 from unlearnlib.methods.fisher_updates import Build, removal_direction
 from unlearnlib.methods.matching import Line, Path
 from unlearnlib.methods.tuning import Knobs
+from unlearnlib.methods.walks import adam_walk, sgd_walk
 from unlearnlib.weights import snapshot
 
 MAX_STEPS = 200

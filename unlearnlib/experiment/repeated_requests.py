@@ -15,9 +15,10 @@ from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures.evaluation import Reading, mean_kl, membership, read
-from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import TOLERANCE, Line, Match, Path
+from unlearnlib.methods.walks import adam_walk
 from unlearnlib.models.training import Run, load_trained
 from unlearnlib.weights import Vector, add, difference, dot, parameters, snapshot
 
@@ -188,7 +189,7 @@ def difference_step(kept: Tensor, learning_rate: float, most: int, seed: int) ->
 
     def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
         own_seed = 1000 * seed + request
-        return adam_walk(model, gradient_difference_loss, forget, kept, learning_rate, own_seed, most)
+        return adam_walk(model, with_retain(ascent_loss, 1.0), forget, kept, learning_rate, own_seed, most)
 
     return step
 

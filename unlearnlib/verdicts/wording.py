@@ -55,11 +55,8 @@ def listed(tests: pd.DataFrame) -> str:
 
 
 def quoted(tests: pd.DataFrame) -> str:
-    """The verdict of tests together, and Student's if that is another."""
-    if tests.empty:
-        return NOT_RUN
-    outcome, by_student = (combine(tests[column]) for column in ("verdict", "t_verdict"))
-    return outcome if by_student == outcome else f"{outcome} (by Student's interval {by_student})"
+    """The verdict of tests together; of none, that they were not run."""
+    return NOT_RUN if tests.empty else combine(tests["verdict"])
 
 
 def why(tests: pd.DataFrame) -> str:
