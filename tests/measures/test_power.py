@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -12,8 +13,6 @@ from unlearnlib.measures.evaluation import auc_error
 @pytest.mark.parametrize(("members", "others"), [(3, 5), (2, 6)])
 def test_p_values_are_those_of_counting_all_orders(members, others):
     """Every choice of ranks for the members is equally likely if nothing tells them apart."""
-    import itertools
-
     scores = torch.randn(members + others, generator=torch.Generator().manual_seed(1))
     scores[:members] += 1
 

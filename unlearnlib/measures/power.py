@@ -36,7 +36,7 @@ def attack_power(auc: float, members: int, others: int, level: float = 0.05) -> 
 
 
 def detectable_auc(members: int, others: int, power: float = 0.8, level: float = 0.05) -> float | None:
-    """The smallest AUC, to 0.01, that is found with probability ``power``; None if that of no AUC up to 0.99 is."""
+    """The smallest AUC, to 0.01, that is found with probability ``power``; None if not even 0.99 is."""
     low, high = 50, 100  # hundredths; low is not found, and high is
     while high - low > 1:
         middle = (low + high) // 2

@@ -123,16 +123,16 @@ def _adapted(source: str | Path) -> ValueError:
 
 def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check outlines of the model and of the reference against the request. Raises ValueError."""
-    entries = entries(tokenizer)
-    if entries > _rows(model):
+    number = entries(tokenizer)
+    if number > _rows(model):
         raise ValueError(
-            f"the tokenizer of {request.model} has {entries} entries, the model's table {_rows(model)} "
+            f"the tokenizer of {request.model} has {number} entries, the model's table {_rows(model)} "
             "rows: they do not belong together"
         )
     outlines = {"model": model}
     if request.reference is not None:
         other, outlines["reference"] = load_tokenizer(request.reference), outline(request.reference)
-        if other.get_vocab() != tokenizer.get_vocab() or entries > _rows(outlines["reference"]):
+        if other.get_vocab() != tokenizer.get_vocab() or number > _rows(outlines["reference"]):
             raise ValueError(
                 f"the reference {request.reference} has another vocabulary than the model: they cannot be compared"
             )

@@ -93,10 +93,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as JSON values; what is not finite is None."""
     return [
-        {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
+        {name: None if value in (math.inf, -math.inf) or value != value else value for name, value in row.items()}
         for row in table.to_dict("records")
     ]
 

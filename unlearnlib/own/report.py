@@ -44,7 +44,8 @@ def measure(model: PreTrainedModel, material: Material, learning_rate: float) ->
     """All that the report says of one model: metric to value, None where the evidence for it is missing.
 
     Losses in nats a token. With it come the lists ``forget_losses`` and ``holdout_losses`` (by sequence),
-    ``exposure_bits`` (by secret) and ``relearning`` (the curve of the probe, None if there is but one sequence to forget, or if it diverges).
+    ``exposure_bits`` (by secret) and ``relearning`` (the curve of the probe, None if there is but one sequence to
+    forget, or if it diverges).
 
     Raises FloatingPointError if a loss is not finite.
     """
@@ -164,8 +165,8 @@ def _power_text(result: dict[str, Any]) -> list[str]:
     smallest = result["power"]["detectable_auc"]
     noticed = "no AUC is" if smallest is None else f"an AUC of {smallest:.2f} or more is"
     return [
-        f"With so many sequences {noticed} noticed four times in five or more often (at a level of 5 %, if they are "
-        f"independent); one of 0.7 is with probability {result['power']['power_at_0.7']:.2f}.",
+        f"With so many sequences {noticed} noticed four times in five or more often (at a level of 5 %, if they "
+        f"are independent); one of 0.7 is with probability {result['power']['power_at_0.7']:.2f}.",
         "",
     ]
 

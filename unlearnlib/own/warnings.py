@@ -119,9 +119,9 @@ def target_unlike_estimate(e: Evidence) -> Iterator[str]:
     off = target - estimate["loss"]
     if abs(off) > NOTICEABLE + DOUBT * estimate["error"]:
         yield (
-            f"the target is {abs(off):.2f} nats {'above' if off > 0 else 'below'} what the holdout texts suggest, "
-            f"{estimate['loss']:.2f} give or take {estimate['error']:.2f}: either they are of another kind, or the "
-            "target is wrong"
+            f"the target is {abs(off):.2f} nats {'above' if off > 0 else 'below'} what the holdout texts "
+            f"suggest, {estimate['loss']:.2f} give or take {estimate['error']:.2f}: either they are of another "
+            "kind, or the target is wrong"
         )
 
 
@@ -131,10 +131,11 @@ def set_apart(e: Evidence) -> Iterator[str]:
         if one["target"] is None:
             continue
         off = one["after"] - one["target"]
+        side = "above" if off > 0 else "below"
         if abs(off) > NOTICEABLE + DOUBT * (one["target_error"] or 0.0):
             yield (
-                f"the texts of {one['name']} ended {abs(off):.2f} nats {'above' if off > 0 else 'below'} their own "
-                "target: the sets together are at theirs, this one is not"
+                f"the texts of {one['name']} ended {abs(off):.2f} nats {side} their own target: the sets together "
+                "are at theirs, this one is not"
             )
 
 
@@ -186,8 +187,8 @@ def membership_uncertain(e: Evidence) -> Iterator[str]:
         yield "with so few sequences no membership attack could have been noticed: that none was says nothing"
     elif smallest > NOTICED:
         yield (
-            f"with so few sequences a membership attack with an AUC below {smallest:.2f} is noticed less often than "
-            "four times in five: that none was found says little"
+            f"with so few sequences a membership attack with an AUC below {smallest:.2f} is noticed less often "
+            "than four times in five: that none was found says little"
         )
 
 
