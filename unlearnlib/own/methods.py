@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from unlearnlib.methods import (
     removal_direction,
     with_retain,
 )
+from unlearnlib.methods.tuning import Knobs
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
@@ -118,7 +120,9 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
     return build(model, sequences, seed=request.seed)
 
 
-def _chosen(knobs, path, model, material: Material, goal: float) -> tuple[dict[str, float], Choice | None]:
+def _chosen(
+    knobs: Knobs, path: Callable[..., Path], model: PreTrainedModel, material: Material, goal: float
+) -> tuple[dict[str, float], Choice | None]:
     """The setting by :func:`unlearnlib.methods.choose`; that of the grids' middles if there is nothing to do."""
     if mean_loss(model, material.forget) >= goal - TOLERANCE:
         return {name: grid[len(grid) // 2] for name, grid in knobs.items()}, None
