@@ -220,7 +220,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "seeds": 1,
             "forget": 32,
             "retain": 256,
-            "holdout": 96,
+            "holdout": 112,
             "relearning_steps": 10,
             "m": 192,
             "m_recursion": 192,
