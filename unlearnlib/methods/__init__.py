@@ -29,6 +29,14 @@ from unlearnlib.methods.matching import (
     sweep,
 )
 from unlearnlib.methods.sophia import Sophia, bartlett_diagonal, sophia_walk
+from unlearnlib.methods.targets import (
+    Target,
+    calibrated_damping,
+    fitted_target,
+    gap_target,
+    holdout_target,
+    left_out_loss,
+)
 from unlearnlib.methods.tuning import Choice, choose
 from unlearnlib.methods.walks import RepairedAscent, adam_walk, descend, sgd_walk
 
@@ -41,6 +49,7 @@ __all__ = [
     "RemovalInSteps",
     "RepairedAscent",
     "Sophia",
+    "Target",
     "Walk",
     "activation_loss",
     "adam_walk",
@@ -48,11 +57,16 @@ __all__ = [
     "ascent_loss",
     "bartlett_diagonal",
     "best_setting",
+    "calibrated_damping",
     "choose",
     "descend",
+    "fitted_target",
     "forgetting_noise",
+    "gap_target",
     "held_direction",
+    "holdout_target",
     "kl_loss",
+    "left_out_loss",
     "match_strength",
     "noise_kl",
     "npo_loss",
