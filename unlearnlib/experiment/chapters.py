@@ -92,6 +92,36 @@ REAL_MODEL = {
     "relearning_rate": 2e-5,
 }
 
+# All methods there are, on cases so small that each can be given the same search; the first seed chooses.
+FAIR_FIGHT = {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_ascent:repaired",
+        "gradient_ascent:kl",
+        "gradient_difference",
+        "npo:retain",
+        "simnpo:retain",
+        "rmu",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+        "kfac:steps",
+        "newton_cg:kfac",
+    ),
+    "forget": 32,
+    "retain": 256,
+    "holdout": 128,
+    "m": 192,
+    "m_recursion": 192,
+    "block_size": 64,
+    "most": 10,
+    "max_steps": 200,
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {
@@ -173,6 +203,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+    },
+    "fair_fight": {
+        "quick": FAIR_FIGHT
+        | {
+            "seeds": 2,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "relearning_steps": 10,
+            "relearning_rate": 3e-4,
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
+        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
     },
     "cost": {
         "quick": {
