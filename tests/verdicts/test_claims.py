@@ -69,8 +69,8 @@ def test_c1_all_wins():
     assert tests["decides"].sum() == 4 * 3
     row = at(tests, corpus="maths", method="fisher_recursion", against="gradient_ascent")
     np.testing.assert_allclose(row["mean"], -0.4 - WIGGLE.mean())
-    interval = interval(-0.4 - WIGGLE)
-    np.testing.assert_allclose([row["low"], row["high"]], interval, atol=0.002)  # other rounding, other resamples
+    ends = interval(-0.4 - WIGGLE)
+    np.testing.assert_allclose([row["low"], row["high"]], ends, atol=0.002)  # other rounding, other resamples
     assert (row["pairs"], row["agree"], row["unit"], row["t_verdict"]) == (5, 5, "nats", REPRODUCED)
 
 

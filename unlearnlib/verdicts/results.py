@@ -211,4 +211,12 @@ def method_label(method: str) -> str:
     return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
-ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "newton_cg": "Newton-CG", "npo": "NPO", "dp_sgd": "DP-SGD"}
+ACRONYMS = {
+    "kfac": "K-FAC",
+    "ekfac": "EK-FAC",
+    "newton_cg": "Newton-CG",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "rmu": "RMU",
+    "dp_sgd": "DP-SGD",
+}
