@@ -33,17 +33,17 @@ MAX_STEPS = 200
 BETA = 0.1
 """β of NPO where it is no knob: the value of its authors."""
 
-STEPS = 4
-"""How many steps Fisher Removal in steps takes."""
-
-M_NEWTON = 96
-"""Of how many retained sequences, at most, the products with the Gauss–Newton matrix are."""
-
 SIMNPO_BETA = 0.7
 """β of SimNPO; the margin γ is 0. Its authors take both for continuing plain text, of news and of books."""
 
 FARTHER = 2.0
 """How long RMU's random vector is, in mean lengths of the original's activations on the forget set."""
+
+STEPS = 4
+"""How many steps Fisher Removal in steps takes."""
+
+M_NEWTON = 96
+"""Of how many retained sequences, at most, the products with the Gauss–Newton matrix are."""
 
 RATES = {"learning_rate": (1e-4, 4e-4, 1.6e-3)}
 WEIGHTS = RATES | {"retain_weight": (1.0, 4.0, 16.0)}
@@ -76,8 +76,8 @@ def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_
     ``max_steps`` at the most.
     """
     removals = {method: removal(case, method, build) for method, build in builds.items()}
-    more = beyond(case, builds["kfac"], max_steps) if "kfac" in builds else {}
-    return first_order(case, max_steps) | removals | more
+    further = beyond(case, builds["kfac"], max_steps) if "kfac" in builds else {}
+    return first_order(case, max_steps) | removals | further
 
 
 def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
@@ -127,6 +127,13 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
     def finetuning(learning_rate: float) -> Path:
         return adam(retain_loss, learning_rate)
 
+    # A weight is in units of the loss that forgets over those of what keeps. NPO's is a sum over the tokens of a
+    # sequence; SimNPO's brake makes its gradient some sixteen times smaller than that of the forget loss.
+    tokens = forget.shape[1] - 1
+    of_npo, of_simnpo = (
+        RATES | {"retain_weight": tuple(unit * weight for weight in WEIGHTS["retain_weight"])}
+        for unit in (tokens, 1 / 16)
+    )
     both = "forget, retain"
     return {
         "finetuned": Contender("retain", RATES, finetuning),
@@ -136,8 +143,8 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
         "gradient_ascent:kl": Contender(both, WEIGHTS, kl),
         "gradient_difference": Contender(both, WEIGHTS, difference),
         "npo": Contender("forget", RATES | {"beta": (1e-2, 1e-1, 1.0)}, npo),
-        "npo:retain": Contender(both, WEIGHTS, npo_retain),
-        "simnpo:retain": Contender(both, WEIGHTS, simnpo),
+        "npo:retain": Contender(both, of_npo, npo_retain),
+        "simnpo:retain": Contender(both, of_simnpo, simnpo),
         "rmu": Contender(both, WEIGHTS, rmu),
         "gradient_ascent:repaired": Contender(both, RATES | {"overshoot": (0.25, 0.5, 1.0)}, repaired),
     }
