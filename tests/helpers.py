@@ -38,3 +38,14 @@ def tiny_model(architecture="opt", seed=0, dtype=torch.float64, device="cpu"):
 def random_sequences(number, length=LENGTH, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (number, length), generator=generator)
+
+
+def smallest_model(vocabulary):
+    """So small that its Hessian can be written down."""
+    config = loading.small_opt(vocabulary, hidden_size=4, layers=1, heads=2, context=16)
+    model = loading.load_model(config, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():  # biases of zero would hide mistakes, and small weights saddles
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model

@@ -67,6 +67,22 @@ def logits(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     return model(input_ids=sequences[:, :-1].to(model.device), use_cache=False).logits
 
 
+def hidden_states(model: PreTrainedModel, sequences: Tensor, layer: int) -> Tensor:
+    """Activations after ``layer`` blocks, at the tokens that predict another, shape [n, tokens - 1, width].
+
+    Layer 0 is what the first block receives; after the last block the model's final norm is applied, where it has
+    one. In at least float32. Raises ValueError if the model has no such layer.
+    """
+    number = model.config.get_text_config().num_hidden_layers
+    if not 0 <= layer <= number:
+        raise ValueError(f"the model has {number} blocks, so that there is no layer {layer}: choose 0 to {number}")
+    check_length(model, sequences.shape[1])
+    note_pass(len(sequences))
+    inputs = sequences[:, :-1].to(model.device)
+    h = model(input_ids=inputs, use_cache=False, output_hidden_states=True).hidden_states[layer]
+    return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
 def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """Log-probabilities in nats of every next token, shaped like :func:`logits`, in at least float32."""
     z = logits(model, sequences)

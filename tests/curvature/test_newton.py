@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import random_sequences, tiny_model
+from helpers import random_sequences, smallest_model, tiny_model
 from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,21 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unlearnlib import losses, weights
 from unlearnlib.curvature import krylov, newton
 from unlearnlib.losses import log_probabilities, logits, sequence_losses
-from unlearnlib.models import loading
 
 VOCABULARY = 11
 
 
 @pytest.fixture(scope="module")
 def model():
-    """So small that its Hessian can be written down."""
-    config = loading.small_opt(VOCABULARY, hidden_size=4, layers=1, heads=2, context=16)
-    model = loading.load_model(config, dtype=torch.float64, device="cpu")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in model.parameters():  # biases of zero would hide mistakes, and small weights saddles
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return model
+    return smallest_model(VOCABULARY)
 
 
 SEQUENCES = random_sequences(5, 6) % VOCABULARY

@@ -12,7 +12,7 @@ from unlearnlib.experiment import chapters, profiles
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
-from unlearnlib.methods import first_order, matching
+from unlearnlib.methods import first_order, matching, walks
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
 from unlearnlib.verdicts import results
@@ -142,7 +142,7 @@ def test_a_report_follows_a_direction_through_the_target(cases):
 def adam_walk(case, max_steps=1000):
     model, splits = case.original(), case.splits
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    steps = first_order.descend(model, first_order.ascent_loss, splits.forget, case.estimation, optimizer, seed=0)
+    steps = walks.descend(model, first_order.ascent_loss, splits.forget, case.estimation, optimizer, seed=0)
     return matching.Walk(model, steps, splits.forget, max_steps)
 
 
@@ -273,7 +273,7 @@ from test_report import TINY_PROFILE
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods import first_order, matching
+from unlearnlib.methods import first_order, matching, walks
 from unlearnlib.verdicts import results
 import torch
 
@@ -287,9 +287,8 @@ for case in one_case.make_cases(TINY_PROFILE):
     model = case.original()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     splits = case.splits
-    steps = first_order.descend(
-        model, first_order.gradient_difference_loss, splits.forget, splits.retain, optimizer, seed=0
-    )
+    loss = first_order.with_retain(first_order.ascent_loss, 1.0)
+    steps = walks.descend(model, loss, splits.forget, splits.retain, optimizer, seed=0)
     target = mean_loss(model, splits.forget) + 0.2
     match = matching.Walk(model, steps, splits.forget).to(target)
     report.measure("gradient_difference", model, strength=match.strength)

@@ -6,7 +6,7 @@ from helpers import random_sequences, tiny_model
 
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import relearning
-from unlearnlib.methods import first_order, matching
+from unlearnlib.methods import first_order, matching, walks
 from unlearnlib.models import training
 from unlearnlib.models.training import Training
 
@@ -56,7 +56,7 @@ def test_what_ascent_hid_falls_further_than_what_was_never_learnt():
     training.train(never, other, settings, seed=0)
     target = mean_loss(never, forget)
     optimizer = torch.optim.SGD(knows.parameters(), lr=1e-2)
-    steps = first_order.descend(knows, first_order.ascent_loss, forget, other, optimizer, seed=0)
+    steps = walks.descend(knows, first_order.ascent_loss, forget, other, optimizer, seed=0)
     assert matching.Walk(knows, steps, forget).to(target).reached
     falls = [
         relearning.fall(relearning.relearning_curve(m, forget[::2], forget[1::2], 30, 1e-3))

@@ -7,7 +7,6 @@ from helpers import random_sequences, tiny_model
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.losses import mean_loss
 from unlearnlib.methods import first_order
 
 
@@ -34,23 +33,39 @@ def test_losses_are_what_they_are_called(case):
     model, forget, retain = case
     f, r = reference_loss(model, forget), reference_loss(model, retain)
     torch.testing.assert_close(first_order.ascent_loss(model, forget, retain), -f)
-    torch.testing.assert_close(first_order.gradient_difference_loss(model, forget, retain), r - f)
     torch.testing.assert_close(first_order.retain_loss(model, forget, retain), r)
     original = tiny_model(seed=5)
     p = original(input_ids=retain).logits[:, :-1].log_softmax(2)
     q = model(input_ids=retain).logits[:, :-1].log_softmax(2)
     kl = (p.exp() * (p - q)).sum(2).mean()
     assert kl > 1e-6
-    torch.testing.assert_close(first_order.kl_retain_loss(original)(model, forget, retain), kl - f)
+    torch.testing.assert_close(first_order.kl_loss(original)(model, forget, retain), kl)
 
 
 def test_the_kl_term_pulls_nowhere_at_the_original(case):
     model, forget, retain = case
-    loss = first_order.kl_retain_loss(copy.deepcopy(model))
+    loss = first_order.with_retain(first_order.ascent_loss, 3.0, first_order.kl_loss(copy.deepcopy(model)))
     pulled = torch.autograd.grad(loss(model, forget, retain), list(weights.parameters(model).values()))
     plain = first_order.ascent_direction(model, forget)
     for ours, theirs in zip(pulled, plain.values(), strict=True):
         torch.testing.assert_close(ours, -theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 8.0])
+def test_what_is_kept_is_added_with_its_weight(case, weight):
+    model, forget, retain = case
+    f, r = reference_loss(model, forget), reference_loss(model, retain)
+    difference = first_order.with_retain(first_order.ascent_loss, weight)
+    torch.testing.assert_close(difference(model, forget, retain), weight * r - f)
+    kept = first_order.with_retain(difference, 2.0, lambda model, forget, retain: forget.sum() + 10 * retain.sum())
+    extra = 2.0 * (forget.sum() + 10 * retain.sum())
+    torch.testing.assert_close(kept(model, forget, retain), weight * r - f + extra)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
+def test_a_weight_that_means_nothing_is_refused(weight):
+    with pytest.raises(ValueError, match=f"finite and at least 0, not {weight}"):
+        first_order.with_retain(first_order.ascent_loss, weight)
 
 
 def log_likelihoods(model, sequences):
@@ -109,86 +124,81 @@ def test_npo_refuses_a_beta_that_means_nothing(case, beta):
         first_order.npo_loss(case[0], beta)
 
 
-def test_one_sgd_step_is_one_step_along_the_direction(case):
+@pytest.mark.parametrize(("beta", "gamma"), [(0.03, 0.0), (0.7, 0.0), (2.5, 1.3)])
+def test_simnpo_is_its_formula_and_weighs_each_sequence_as_it_should(case, beta, gamma):
     model, forget, retain = case
-    start, direction = weights.snapshot(model), first_order.ascent_direction(model, forget)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    next(first_order.descend(model, first_order.ascent_loss, forget, retain, optimizer, seed=0))
-    for name, moved in weights.difference(weights.snapshot(model), start).items():
-        torch.testing.assert_close(moved, 0.1 * direction[name], rtol=1e-8, atol=1e-12)
+    found = first_order.simnpo_loss(beta, gamma)(model, forget, retain)
+    p, tokens = log_likelihoods(model, forget), forget.shape[1] - 1
+    # -(2/β) log sigmoid(-(β/T) log p - γ), written out: with the power of p it is a rational function.
+    odds = p.exp() ** (beta / tokens) * math.exp(gamma)
+    torch.testing.assert_close(found, -2 / beta * (1 / (1 + odds)).log().mean())
+    weight = (2 * odds / (1 + odds)).detach() / tokens
+    for ours, theirs in zip(gradient(model, found), gradient(model, (weight * p).mean()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
-def test_every_sequence_is_used_once_an_epoch(case):
+def test_simnpo_with_small_beta_is_ascent(case):
     model, forget, retain = case
-    seen = []
+    simnpo = first_order.simnpo_loss(1e-9)(model, forget, retain)
+    ascent = first_order.ascent_loss(model, forget, retain)
+    for ours, theirs in zip(gradient(model, simnpo), gradient(model, ascent), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
-    def loss(model, forget_batch, retain_batch):
-        seen.append(forget_batch)
-        return first_order.ascent_loss(model, forget_batch, retain_batch)
 
-    steps = first_order.descend(
-        model, loss, forget, retain, torch.optim.SGD(model.parameters(), lr=0.0), seed=0, batch_size=2
+@pytest.mark.parametrize(("beta", "gamma", "named"), [(0.0, 0.0, "β"), (math.nan, 0.0, "β"), (1.0, -0.1, "γ")])
+def test_simnpo_refuses_settings_that_mean_nothing(beta, gamma, named):
+    with pytest.raises(ValueError, match=f"{named} of SimNPO must be"):
+        first_order.simnpo_loss(beta, gamma)
+
+
+def activations(model, sequences, layer):
+    """What the block of index ``layer`` receives, caught by a hook; that is what ``layer`` blocks give."""
+    caught = []
+    block = model.model.decoder.layers[layer]
+    hook = block.register_forward_pre_hook(
+        lambda _, inputs, named: caught.append(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
     )
-    for _ in range(3):
-        next(steps)
-    assert sorted(torch.cat(seen).tolist()) == sorted(forget.tolist())
+    model(input_ids=sequences[:, :-1])
+    hook.remove()
+    return caught[0]
 
 
-def test_the_order_depends_on_the_seed_alone(case):
-    _, forget, retain = case
-    ends = []
-    for seed in (0, 0, 1):
-        model = tiny_model()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        steps = first_order.descend(
-            model, first_order.gradient_difference_loss, forget, retain, optimizer, seed, batch_size=2
-        )
-        for _ in range(4):
-            next(steps)
-        ends.append(mean_loss(model, retain))
-    assert ends[0] == ends[1] != ends[2]
-
-
-def test_ascent_into_nothingness_is_an_error(case):
+def test_rmu_is_the_distance_to_one_point_for_all_tokens(case):
     model, forget, retain = case
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e200)
-    steps = first_order.descend(model, first_order.ascent_loss, forget, retain, optimizer, seed=0)
-    with pytest.raises(FloatingPointError, match="stop earlier or take smaller steps"):
-        for _ in range(20):
-            next(steps)
+    far = first_order.rmu_loss(layer=1, length=1e4, seed=3)(model, forget, retain)
+    assert far.item() == pytest.approx(1e8, rel=1e-2)  # the point has the length that is asked for
+    h = activations(model, forget, 1)
+    # ‖h - cu‖² is quadratic in c: values at three lengths give ‖h‖² and the mean of h·u, for a u of length 1.
+    at = {c: first_order.rmu_loss(1, c, 3)(model, forget, retain) for c in (1.0, 2.0, 3.0)}
+    torch.testing.assert_close(3 * at[1.0] - 3 * at[2.0] + at[3.0], h.square().sum(2).mean())
+    u = torch.rand(h.shape[2], generator=torch.Generator().manual_seed(3), dtype=h.dtype)
+    torch.testing.assert_close(at[2.0], (h - 2 * u / u.norm()).norm(dim=2).square().mean())
+    assert first_order.rmu_loss(1, 2.0, 4)(model, forget, retain) != at[2.0]
 
 
-def test_the_walk_of_adam_is_adam_by_its_formula(case):
+def test_rmu_reaches_the_layers_up_to_its_own_and_no_others(case):
     model, forget, retain = case
-    rate, moments = 1e-3, {}
-    walk = first_order.adam_walk(model, first_order.gradient_difference_loss, forget, retain, rate, 0, max_steps=3)
-    other = tiny_model()
-    for t in (1, 2, 3):  # one batch holds all sequences
-        live = weights.parameters(other)
-        value = reference_loss(other, retain) - reference_loss(other, forget)
-        for (name, p), g in zip(live.items(), torch.autograd.grad(value, list(live.values())), strict=True):
-            m, v = moments.get(name, (0.0, 0.0))
-            moments[name] = m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-            p.data -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-    assert walk.to(100.0).strength == 3  # far away: all the steps there are
-    for ours, theirs in zip(weights.snapshot(model).values(), weights.snapshot(other).values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    first_order.rmu_loss(1, 2.0, 0)(model, forget, retain).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any(".layers.0." in name for name in reached)
+    assert not any(".layers.1." in name or "decoder.final" in name for name in reached)
 
 
-def test_the_walk_of_adam_takes_batches_of_the_size_and_order_asked_for(case):
-    _, forget, retain = case
+def test_the_activations_of_retained_texts_are_kept_where_they_were(case):
+    model, forget, retain = case
+    original = tiny_model(seed=5)
+    found = first_order.activation_loss(original, 1)(model, forget, retain)
+    moved = activations(model, retain, 1) - activations(original, retain, 1)
+    torch.testing.assert_close(found, moved.norm(dim=2).square().mean())
+    at_start = first_order.activation_loss(copy.deepcopy(model), 1)(model, forget, retain)
+    assert at_start.item() == 0
+    at_start.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
-    def batches(seed):
-        seen = []
 
-        def loss(model, forget_batch, retain_batch):
-            seen.append(torch.stack((forget_batch, retain_batch)))
-            return first_order.ascent_loss(model, forget_batch, retain_batch)
-
-        first_order.adam_walk(tiny_model(), loss, forget, retain, 1e-5, seed, max_steps=3, batch_size=2).to(100.0)
-        return torch.cat(seen, dim=1)
-
-    first = batches(0)
-    assert first.shape == (2, 6, forget.shape[1])
-    assert torch.equal(first, batches(0))
-    assert not torch.equal(first, batches(1))
+def test_rmu_refuses_a_length_or_a_layer_that_means_nothing(case):
+    model, forget, retain = case
+    with pytest.raises(ValueError, match="random vector must be positive and finite, not 0"):
+        first_order.rmu_loss(1, 0.0, 0)
+    with pytest.raises(ValueError, match="has 2 blocks, so that there is no layer 3: choose 0 to 2"):
+        first_order.rmu_loss(3, 1.0, 0)(model, forget, retain)

@@ -8,7 +8,7 @@ from helpers import random_sequences, tiny_model
 
 from unlearnlib import weights
 from unlearnlib.losses import mean_loss, sequence_losses
-from unlearnlib.methods import first_order, matching
+from unlearnlib.methods import first_order, matching, walks
 
 
 @pytest.mark.parametrize("start", [1e-4, 0.1, 1.0, 50.0])
@@ -63,7 +63,7 @@ def test_nonsense_is_refused(start, target):
 def test_steps_stop_on_the_target_and_leave_the_model_there():
     model, forget = tiny_model(), random_sequences(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+    steps = walks.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
     target = mean_loss(model, forget) + 0.5
     match = matching.Walk(model, steps, forget).to(target)
     assert match.reached
@@ -124,7 +124,7 @@ def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
 
     def walk():
         model = tiny_model()
-        steps = first_order.descend(
+        steps = walks.descend(
             model, first_order.ascent_loss, forget, forget, OPTIMIZERS[optimizer](model), seed=0, batch_size=3
         )
         return model, matching.Walk(model, steps, forget)
@@ -151,7 +151,7 @@ def test_stops_on_the_way_change_neither_strength_nor_model(optimizer, rise):
 def test_the_most_steps_are_counted_over_all_targets():
     model, forget = tiny_model(), random_sequences(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+    steps = walks.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
     start = mean_loss(model, forget)
     walk = matching.Walk(model, steps, forget, max_steps=4)
     first, second = walk.to(start + 0.05), walk.to(start + 100)
@@ -239,7 +239,7 @@ def test_settings_may_be_of_any_kind_and_paths_may_walk():
     def path(setting):
         model, (rate, most) = tiny_model(), setting
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        steps = first_order.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
+        steps = walks.descend(model, first_order.ascent_loss, forget, forget, optimizer, seed=0)
         return matching.Walk(model, steps, forget, most)
 
     table = matching.sweep([(0.2, 50), (1e-6, 1)], path, validation, target)

@@ -30,6 +30,7 @@ def test_parameter_counts_by_hand():
     expected = {
         loading.small_opt: (vocabulary + context + 2) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
         loading.small_gpt2: (vocabulary + context) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        loading.small_gpt_neox: 2 * vocabulary * hidden + layers * (matrices + biases + norms) + 2 * hidden,
         loading.small_llama: 2 * vocabulary * hidden + layers * (matrices + 2 * hidden) + hidden,
     }
     for small, count in expected.items():
@@ -39,7 +40,9 @@ def test_parameter_counts_by_hand():
         assert model.config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize("small", [loading.small_opt, loading.small_gpt2, loading.small_llama])
+@pytest.mark.parametrize(
+    "small", [loading.small_opt, loading.small_gpt2, loading.small_gpt_neox, loading.small_llama]
+)
 def test_small_models_have_no_dropout_and_keep_their_context(small):
     model, sequences = loading.load_model(small(40, 16, 2, heads=2, context=12), device="cpu"), random_sequences(3)
     calm = sequence_losses(model, sequences)
@@ -203,7 +206,7 @@ def test_losses_and_gradients_stay_on_the_models_device():
     gradients = torch.autograd.grad(losses.sum(), list(weights.parameters(model).values()))
     assert {g.device.type for g in gradients} == {"meta"}
     original = tiny_model(dtype=torch.float32, device="meta")
-    for loss in (first_order.gradient_difference_loss, first_order.kl_retain_loss(original)):
+    for loss in (first_order.with_retain(first_order.ascent_loss, 1.0), first_order.kl_loss(original)):
         assert loss(model, sequences, sequences).device.type == "meta"
     start = weights.snapshot(model)
     weights.set_weights(model, start, start, 0.5)

@@ -1,3 +1,4 @@
+import math
 import re
 
 import numpy as np
@@ -41,23 +42,25 @@ def test_bad_tables_are_refused(tmp_path):
         results.read_results(tmp_path, "one")
 
 
-def test_interval_of_a_large_sample_agrees_with_the_normal_theory():
-    values = np.random.default_rng(0).normal(3, 2, size=400)
-    low, high = results.bootstrap_interval(values)
-    t_low, t_high = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
-    assert low == pytest.approx(t_low, abs=0.02)
-    assert high == pytest.approx(t_high, abs=0.02)
+def test_interval_of_five_against_the_textbook_and_scipys_paired_test():
+    values = np.array([0.3, -0.1, 0.4, 0.25, 0.05])
+    half = 2.7764451052 * values.std(ddof=1) / math.sqrt(5)  # the 97.5 % point of t with 4 degrees, from a table
+    np.testing.assert_allclose(results.interval(values), [values.mean() - half, values.mean() + half])
+    test = stats.ttest_rel(values + 7, np.full(5, 7.0)).confidence_interval(0.9)
+    np.testing.assert_allclose(results.interval(values, level=0.9), [test.low, test.high])
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    draws = np.random.default_rng(1).normal(size=(200, 30))
-    covered = [low <= 0 <= high for low, high in map(results.bootstrap_interval, draws)]
-    assert 0.88 <= np.mean(covered) <= 0.99
+@pytest.mark.parametrize("n", [3, 5, 9])
+def test_interval_covers_the_mean_of_normal_values_as_often_as_it_says(n):
+    draws = np.random.default_rng(1).normal(3.0, 2.0, size=(4000, n))
+    covered = np.mean([low <= 3.0 <= high for low, high in map(results.interval, draws)])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)  # four standard errors of the count
 
 
 def test_interval_of_too_little_or_of_equal_values():
-    assert all(np.isnan(results.bootstrap_interval([1.0])))
-    assert results.bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    for few in ([], [1.0], [1.0, 2.0]):
+        assert all(np.isnan(results.interval(few)))
+    assert results.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
 
 
 def test_differences_are_paired_by_seed():
@@ -74,14 +77,28 @@ def test_differences_are_paired_by_seed():
 
 def test_a_table_for_reading_puts_every_number_in_its_place():
     frame = pd.concat(
-        [table([1.0, 2.0], "b", "kl"), table([3.0, 3.0], "a:x", "loss"), table([5.0, 5.0], "b", "loss")]
+        [table([1.0, 2.0, 3.0], "b", "kl"), table([3.0] * 3, "a:x", "loss"), table([5.0] * 3, "b", "loss")]
     )
-    shown = results.format_table(results.summarise(frame), {"loss": "Loss", "kl": "KL"}, digits=1)
+    metrics = {"loss": "Loss", "kl": "KL"}
+    shown = results.format_table(results.summarise(frame), metrics, digits=1)
     assert list(shown.columns) == ["Loss", "KL"]
+    assert shown.columns.name == "n = 3"
     assert shown.loc["a (x)"].tolist() == ["3.0 [3.0, 3.0]", "–"]
-    assert shown.loc["b"].tolist() == ["5.0 [5.0, 5.0]", "1.5 [1.0, 2.0]"]
+    half = 4.3026527297 / math.sqrt(3)  # the 97.5 % point of t with 2 degrees, from a table
+    assert shown.loc["b"].tolist() == ["5.0 [5.0, 5.0]", f"2.0 [{2 - half:.1f}, {2 + half:.1f}]"]
     assert results.mean_text([1.25]) == "1.25"
-    assert results.mean_text([-0.001, -0.001]) == "0.00 [0.00, 0.00]"
+    assert results.mean_text([1.25, 1.75]) == "1.50"
+    assert results.mean_text([-0.001] * 3) == "0.00 [0.00, 0.00]"
+
+
+def test_a_table_of_unequal_numbers_of_seeds_counts_them_by_method():
+    frame = pd.concat([table([1.0, 2.0, 3.0], "a"), table([1.0], "b"), table([1.0, 1.0], "a", "kl")])
+    shown = results.format_table(results.summarise(frame), {"loss": "Loss", "kl": "KL"})
+    assert shown.columns.name is None
+    assert shown["n"].to_dict() == {"a": "2 or 3", "b": "1"}
+    only = results.format_table(results.summarise(frame), {"kl": "KL"})
+    assert only.columns.name == "n = 2"
+    assert only.loc["b"].tolist() == ["–"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,7 @@ def test_a_rerun_agrees_where_its_mean_lies_in_the_references_interval():
             table([7.0, 7.0, 7.0], metric="constant").assign(size=4.0),
         ]
     )
-    low, high = results.bootstrap_interval([1.0, 2.0, 3.0])
+    low, high = results.interval([1.0, 2.0, 3.0])
     rerun = reference.copy()
     rerun.loc[rerun["method"] == "other", "value"] += high - 2.0 + 0.01
     found = results.agreement(rerun, reference)
@@ -155,7 +172,7 @@ def test_a_run_of_the_reference_profile_is_checked_and_others_are_not(tmp_path, 
     frame.loc[frame["metric"].isin(["metric 3", "metric 7"]), "value"] += 5
     results.write_results(frame, tmp_path / "changed", "one")
     said = results.compare_with_reference("cpu", tmp_path / "changed", "one").data
-    assert re.search(r"8 of 10 means .* It does not agree; .* c x m metric 3: 7, not in 1 to 3", said)
+    assert re.search(r"8 of 10 means .* It does not agree; .* c x m metric 3: 7, not in -0\.484 to 4\.48", said)
     assert results.disagreements(tmp_path / "same") == []
     [found] = results.disagreements(tmp_path / "changed")
     assert found in said

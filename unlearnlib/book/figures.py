@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from unlearnlib.verdicts.results import bootstrap_interval, method_label
+from unlearnlib.verdicts.results import interval, method_label
 
 # Okabe & Ito's palette, safe for the common kinds of colour blindness; markers tell methods apart without it.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -35,8 +35,12 @@ METHOD_STYLES = {
     "gradient_ascent:sgd": {"color": ORANGE, "marker": "^"},
     "gradient_ascent:adam": {"color": GREEN, "marker": "v"},
     "gradient_difference": {"color": BLUE, "marker": "D"},
+    "gradient_ascent:kl": {"color": BLUE, "marker": "s", "linestyle": "--"},
+    "gradient_ascent:repaired": {"color": RED, "marker": "<", "linestyle": "--"},
     "npo": {"color": SKY, "marker": "X"},
-    "gradient_ascent:kl": {"color": SKY, "marker": "X"},
+    "npo:retain": {"color": SKY, "marker": "P", "linestyle": "--"},
+    "simnpo": {"color": PURPLE, "marker": "p"},
+    "rmu": {"color": ORANGE, "marker": "s"},
     "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
@@ -109,9 +113,9 @@ def plot_frontier(ax: Axes, table: pd.DataFrame, methods: Sequence[str]) -> None
             if len(point) == seeds:
                 x.append(point["forget_excess"].mean())
                 mean.append(point["holdout_excess"].mean())
-                interval = bootstrap_interval(point["holdout_excess"])
-                low.append(interval[0])
-                high.append(interval[1])
+                ends = interval(point["holdout_excess"])
+                low.append(ends[0])
+                high.append(ends[1])
         style = method_style(method)
         ax.plot(x, mean, label=method_label(method), **{"markersize": 6} | style)
         ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -1,5 +1,6 @@
 """The matrix C of second-order methods, by every route that does not form it; all share one protocol."""
 
+from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.curvature.column_pass import ColumnPass
 from unlearnlib.curvature.column_sums import ColumnSums
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
@@ -31,6 +32,7 @@ from unlearnlib.curvature.protocol import Curvature
 
 __all__ = [
     "Block",
+    "BlockGaussNewton",
     "ColumnPass",
     "ColumnSums",
     "Curvature",

@@ -28,7 +28,7 @@ from unlearnlib.curvature.krylov import (
     smallest_eigenvalue,
 )
 from unlearnlib.curvature.protocol import check_damping
-from unlearnlib.losses import batches, logits, sequence_losses
+from unlearnlib.losses import batches, logits, note_pass, sequence_losses
 from unlearnlib.weights import Vector, flatten, mean_gradient, parameters, unflatten
 
 Measure = Callable[[PreTrainedModel, Tensor], Tensor]
@@ -181,12 +181,14 @@ class GaussNewton(MatrixFree):
         return torch.autograd.grad(z, list(live.values()), grad_outputs=bent)
 
     def output_change(self, batch: Tensor, v: Vector) -> Tensor:
-        """J v: how the outputs change as the weights move along v, by forward-mode differentiation."""
-        wrapped = Outputs(self.model, self.outputs)
+        """J v: how the outputs change as the weights in v move along it, by forward-mode differentiation.
+
+        Weights that v does not name stand still.
+        """
+        wrapped, live = Outputs(self.model, self.outputs), parameters(self.model)
         with torch.no_grad(), forward_ad.dual_level():
-            moving = {
-                f"model.{name}": forward_ad.make_dual(p, v[name]) for name, p in parameters(self.model).items()
-            }
+            note_pass(2 * len(batch))  # a change of x W is two products, beside x W itself
+            moving = {f"model.{name}": forward_ad.make_dual(live[name], x) for name, x in v.items()}
             return forward_ad.unpack_dual(functional_call(wrapped, moving, (batch,))).tangent
 
 

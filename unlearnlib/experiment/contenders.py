@@ -4,28 +4,46 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
+from unlearnlib.curvature.kronecker import kfac
 from unlearnlib.experiment.case import Case
+from unlearnlib.losses import batched, hidden_states
 from unlearnlib.methods.first_order import (
     Loss,
-    adam_walk,
+    activation_loss,
     ascent_direction,
     ascent_loss,
     kl_loss,
     npo_loss,
     retain_loss,
-    sgd_walk,
+    rmu_loss,
+    simnpo_loss,
     with_retain,
 )
-from unlearnlib.methods.fisher_updates import Build, removal_direction
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
-from unlearnlib.weights import snapshot
+from unlearnlib.methods.walks import RepairedAscent, adam_walk, sgd_walk
+from unlearnlib.weights import parameters, snapshot
 
 MAX_STEPS = 200
 """After so many steps of an optimizer a method that has not reached the target is given up."""
 
 BETA = 0.1
 """β of NPO where it is no knob: the value of its authors."""
+
+SIMNPO_BETA = 0.7
+"""β of SimNPO; the margin γ is 0. Its authors take both for continuing plain text, of news and of books."""
+
+FARTHER = 2.0
+"""How long RMU's random vector is, in mean lengths of the original's activations on the forget set."""
+
+STEPS = 4
+"""How many steps Fisher Removal in steps takes."""
+
+M_NEWTON = 96
+"""Of how many retained sequences, at most, the products with the Gauss–Newton matrix are."""
 
 RATES = {"learning_rate": (1e-4, 4e-4, 1.6e-3)}
 WEIGHTS = RATES | {"retain_weight": (1.0, 4.0, 16.0)}
@@ -51,12 +69,18 @@ class Contender:
     path: Callable[..., Path]
 
 
-def contenders_on(case: Case, builds: Mapping[str, Build]) -> dict[str, Contender]:
-    """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``."""
-    return first_order(case) | {method: removal(case, method, build) for method, build in builds.items()}
+def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_STEPS) -> dict[str, Contender]:
+    """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``.
+
+    Where K-FAC is among these, so is what goes :func:`beyond` it. What goes in steps of an optimizer takes
+    ``max_steps`` at the most.
+    """
+    removals = {method: removal(case, method, build) for method, build in builds.items()}
+    further = beyond(case, builds["kfac"], max_steps) if "kfac" in builds else {}
+    return first_order(case, max_steps) | removals | further
 
 
-def first_order(case: Case) -> dict[str, Contender]:
+def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
     """By method, the first-order contenders on ``case``."""
     forget, retain = case.splits.forget, case.estimation
 
@@ -65,10 +89,10 @@ def first_order(case: Case) -> dict[str, Contender]:
         return Line(model, ascent_direction(model, forget), forget)
 
     def batches(learning_rate: float) -> Path:
-        return sgd_walk(case.original(), ascent_loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+        return sgd_walk(case.original(), ascent_loss, forget, retain, learning_rate, case.seed, max_steps)
 
     def adam(loss: Loss, learning_rate: float) -> Path:
-        return adam_walk(case.original(), loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+        return adam_walk(case.original(), loss, forget, retain, learning_rate, case.seed, max_steps)
 
     def difference(learning_rate: float, retain_weight: float) -> Path:
         return adam(with_retain(ascent_loss, retain_weight), learning_rate)
@@ -82,9 +106,34 @@ def first_order(case: Case) -> dict[str, Contender]:
     def npo_retain(learning_rate: float, retain_weight: float) -> Path:
         return adam(with_retain(npo_loss(case.original(), BETA), retain_weight), learning_rate)
 
+    def simnpo(learning_rate: float, retain_weight: float) -> Path:
+        return adam(with_retain(simnpo_loss(SIMNPO_BETA), retain_weight), learning_rate)
+
+    @functools.cache
+    def misdirected() -> tuple[Loss, Loss]:
+        """What RMU descends on forget and on retain: it acts in the middle of the model."""
+        model = case.original()
+        layer = model.config.get_text_config().num_hidden_layers // 2
+        lengths = batched(lambda model, rows: hidden_states(model, rows, layer).norm(dim=2), model, forget)
+        return rmu_loss(layer, FARTHER * lengths.mean().item(), case.seed), activation_loss(model, layer)
+
+    def rmu(learning_rate: float, retain_weight: float) -> Path:
+        away, keep = misdirected()
+        return adam(with_retain(away, retain_weight, keep), learning_rate)
+
+    def repaired(learning_rate: float, overshoot: float) -> Path:
+        return RepairedAscent(case.original(), forget, retain, learning_rate, overshoot, case.seed, max_steps)
+
     def finetuning(learning_rate: float) -> Path:
         return adam(retain_loss, learning_rate)
 
+    # A weight is in units of the loss that forgets over those of what keeps. NPO's is a sum over the tokens of a
+    # sequence; SimNPO's brake makes its gradient some sixteen times smaller than that of the forget loss.
+    tokens = forget.shape[1] - 1
+    of_npo, of_simnpo = (
+        RATES | {"retain_weight": tuple(unit * weight for weight in WEIGHTS["retain_weight"])}
+        for unit in (tokens, 1 / 16)
+    )
     both = "forget, retain"
     return {
         "finetuned": Contender("retain", RATES, finetuning),
@@ -94,7 +143,10 @@ def first_order(case: Case) -> dict[str, Contender]:
         "gradient_ascent:kl": Contender(both, WEIGHTS, kl),
         "gradient_difference": Contender(both, WEIGHTS, difference),
         "npo": Contender("forget", RATES | {"beta": (1e-2, 1e-1, 1.0)}, npo),
-        "npo:retain": Contender(both, WEIGHTS, npo_retain),
+        "npo:retain": Contender(both, of_npo, npo_retain),
+        "simnpo:retain": Contender(both, of_simnpo, simnpo),
+        "rmu": Contender(both, WEIGHTS, rmu),
+        "gradient_ascent:repaired": Contender(both, RATES | {"overshoot": (0.25, 0.5, 1.0)}, repaired),
     }
 
 
@@ -112,3 +164,45 @@ def removal(case: Case, method: str, build: Build) -> Contender:
         return Line(model, removal_direction(curvature, delta, damping), forget, start)
 
     return Contender("forget, retain", {"damping": DAMPINGS[method.partition(":")[0]]}, path)
+
+
+def beyond(case: Case, build: Build, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
+    """By method, second-order contenders on ``case`` that are more than one step over a fixed curvature.
+
+    ``soul`` takes many clipped diagonal steps; ``kfac:steps`` takes :data:`STEPS` steps of Fisher Removal, each
+    with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, along what a
+    few conjugate gradients, with K-FAC as preconditioner, make of the Gauss–Newton matrix of :data:`M_NEWTON`
+    sequences.
+    """
+    forget, retain = case.splits.forget, case.estimation
+
+    def soul(learning_rate: float, retain_weight: float) -> Path:
+        loss = with_retain(ascent_loss, retain_weight)
+        return sophia_walk(case.original(), loss, forget, retain, learning_rate, case.seed, max_steps)
+
+    def in_steps(damping: float) -> Path:
+        return RemovalInSteps(case.original(), forget, build, damping, STEPS, refresh=True, renew=True)
+
+    @functools.cache
+    def prepared() -> tuple:
+        model = case.original()
+        return (
+            model,
+            snapshot(model),
+            kfac(model, retain[:M_NEWTON], seed=case.seed),
+            ascent_direction(model, forget),
+        )
+
+    def newton(damping: float, products: float) -> Path:
+        model, start, factors, delta = prepared()
+        everything = [tuple(parameters(model))]  # in one block
+        matrix = BlockGaussNewton(model, retain[:M_NEWTON], everything, round(products), factors)
+        return Line(model, removal_direction(matrix, delta, damping), forget, start)
+
+    both = "forget, retain"
+    knobs = {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}
+    return {
+        "soul": Contender(both, WEIGHTS, soul),
+        "kfac:steps": Contender(both, {"damping": DAMPINGS["kfac"]}, in_steps),
+        "newton_cg:kfac": Contender(both, knobs, newton),
+    }

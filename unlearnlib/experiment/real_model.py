@@ -21,9 +21,10 @@ from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss, retain_loss
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, retain_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import Line, Path, best_setting
+from unlearnlib.methods.walks import adam_walk
 from unlearnlib.models.loading import half_precision
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import encode, pack
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 BATCH_SIZE = 16
 
-FIRST_ORDER = {"finetuned": (retain_loss, 10), "gradient_difference": (gradient_difference_loss, 60)}
+FIRST_ORDER = {"finetuned": (retain_loss, 10), "gradient_difference": (with_retain(ascent_loss, 1.0), 60)}
 """What is descended in steps of Adam, and in how many at the most; fine-tuning ends wherever these lead."""
 
 ON_KFAC = ("kfac", "kfac:damped", "fisher_forgetting")

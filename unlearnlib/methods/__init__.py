@@ -1,14 +1,15 @@
 """What is done to a model to make it forget, and how every method is brought to the same forget loss."""
 
 from unlearnlib.methods.first_order import (
-    adam_walk,
+    activation_loss,
     ascent_direction,
     ascent_loss,
-    descend,
-    gradient_difference_loss,
-    kl_retain_loss,
+    kl_loss,
     npo_loss,
     retain_loss,
+    rmu_loss,
+    simnpo_loss,
+    with_retain,
 )
 from unlearnlib.methods.fisher_updates import (
     RemovalInSteps,
@@ -27,7 +28,17 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.sophia import Sophia, bartlett_diagonal, sophia_walk
+from unlearnlib.methods.targets import (
+    Target,
+    calibrated_damping,
+    fitted_target,
+    gap_target,
+    holdout_target,
+    left_out_loss,
+)
 from unlearnlib.methods.tuning import Choice, choose
+from unlearnlib.methods.walks import RepairedAscent, adam_walk, descend, sgd_walk
 
 __all__ = [
     "TOLERANCE",
@@ -36,21 +47,35 @@ __all__ = [
     "Match",
     "Path",
     "RemovalInSteps",
+    "RepairedAscent",
+    "Sophia",
+    "Target",
     "Walk",
+    "activation_loss",
     "adam_walk",
     "ascent_direction",
     "ascent_loss",
+    "bartlett_diagonal",
     "best_setting",
+    "calibrated_damping",
     "choose",
     "descend",
+    "fitted_target",
     "forgetting_noise",
-    "gradient_difference_loss",
+    "gap_target",
     "held_direction",
-    "kl_retain_loss",
+    "holdout_target",
+    "kl_loss",
+    "left_out_loss",
     "match_strength",
     "noise_kl",
     "npo_loss",
     "removal_direction",
     "retain_loss",
+    "rmu_loss",
+    "sgd_walk",
+    "simnpo_loss",
+    "sophia_walk",
     "sweep",
+    "with_retain",
 ]

@@ -1,18 +1,18 @@
-"""Gradient ascent on the forget loss (Jang et al. 2023), and the terms that are added to keep the rest.
+"""Losses of first-order unlearning: what pushes a text out, and what is added to keep the rest.
 
-A method is one loss to descend: ``loss(model, forget_batch, retain_batch)`` in nats, a scalar.
+A method is one loss to descend: ``loss(model, forget_batch, retain_batch)`` is a scalar. :func:`with_retain` makes
+one of a loss that forgets and a term that keeps; :mod:`unlearnlib.methods.walks` descends it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import log_probabilities, sequence_losses, token_losses
-from unlearnlib.methods.matching import Walk
+from unlearnlib.losses import hidden_states, log_probabilities, sequence_losses, token_losses
 from unlearnlib.weights import Vector, mean_gradient
 
 Loss = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
@@ -24,41 +24,40 @@ def ascent_direction(model: PreTrainedModel, forget: Tensor) -> Vector:
 
 
 def ascent_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-    """−L(forget): plain gradient ascent. It has no lower bound, and never looks at ``retain``."""
+    """−L(forget), in nats a token: gradient ascent (Jang et al. 2023). No lower bound; ``retain`` is not read."""
     return -sequence_losses(model, forget).mean()
 
 
-def gradient_difference_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-    """−L(forget) + L(retain): gradient difference, a baseline of TOFU (Maini et al. 2024)."""
-    return ascent_loss(model, forget, retain) + sequence_losses(model, retain).mean()
-
-
-def with_retain(loss: Loss, weight: float, keep: Loss | None = None) -> Loss:
-    """``loss`` plus ``weight`` times a term that keeps what stays, by default the retain loss."""
-    keep = keep or retain_loss
-    return lambda model, forget, retain: loss(model, forget, retain) + weight * keep(model, forget, retain)
+def retain_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+    """L(retain), in nats a token: fine-tuning on what stays. Alone it hopes that the rest fades."""
+    return sequence_losses(model, retain).mean()
 
 
 def kl_loss(original: PreTrainedModel) -> Loss:
-    """KL(original ‖ model) on ``retain``, in nats a token (Yao et al. 2023): stay where you were."""
-
-    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-        return kl_retain_loss(original)(model, forget, retain) - ascent_loss(model, forget, retain)
-
-    return loss
-
-
-def kl_retain_loss(original: PreTrainedModel) -> Loss:
-    """−L(forget) + KL(original ‖ model) on ``retain``, in nats a token (Yao et al. 2023): stay where you were."""
+    """KL(original ‖ model) on ``retain``, in nats a token: stay where you were (Yao et al. 2023)."""
 
     def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
         with torch.no_grad():
             before = log_probabilities(original, retain)
         after = log_probabilities(model, retain)
-        kl = F.kl_div(after, before, log_target=True, reduction="none").sum(dim=2).mean()
-        return ascent_loss(model, forget, retain) + kl
+        return F.kl_div(after, before, log_target=True, reduction="none").sum(dim=2).mean()
 
     return loss
+
+
+def with_retain(loss: Loss, weight: float, keep: Loss = retain_loss) -> Loss:
+    """``loss + weight · keep``, with the retain loss as the term that keeps where no other is given.
+
+    Of :func:`ascent_loss` it makes gradient difference, a baseline of TOFU (Maini et al. 2024, with weight 1). The
+    weight is in units of ``loss`` over those of ``keep``. Raises ValueError if it is negative or not finite.
+    """
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"the weight of what is kept must be finite and at least 0, not {weight}")
+
+    def total(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        return loss(model, forget, retain) + weight * keep(model, forget, retain)
+
+    return total
 
 
 def npo_loss(original: PreTrainedModel, beta: float) -> Loss:
@@ -69,8 +68,7 @@ def npo_loss(original: PreTrainedModel, beta: float) -> Loss:
     ``retain``. Its gradient is that of Σ log p with each sequence weighted by 2p^β/(p^β + p₀^β). For β → 0 the
     weights are 1, which is ascent. Raises ValueError if β is not positive.
     """
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"β of NPO must be positive and finite, not {beta}; for β → 0 take ascent_loss")
+    _check_beta("NPO", beta)
 
     def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
         with torch.no_grad():
@@ -81,73 +79,56 @@ def npo_loss(original: PreTrainedModel, beta: float) -> Loss:
     return loss
 
 
-def retain_loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-    """L(retain): fine-tuning on what stays, in the hope that the rest fades."""
-    return sequence_losses(model, retain).mean()
+def simnpo_loss(beta: float, gamma: float = 0.0) -> Loss:
+    """SimNPO, −(2/β) log σ(−(β/T) log p − γ), averaged over ``forget`` (Fan et al. 2024, eq. 4).
 
-
-def descend(
-    model: PreTrainedModel,
-    loss: Loss,
-    forget: Tensor,
-    retain: Tensor,
-    optimizer: torch.optim.Optimizer,
-    seed: int,
-    batch_size: int = 32,
-) -> Iterator[float]:
-    """Minimise ``loss`` in place, endlessly; each ``next`` is one step and gives the loss before it, in nats.
-
-    Batches of ``forget`` and of ``retain`` [n, tokens] are drawn without replacement within an epoch of each, in
-    an order set by ``seed``. The caller decides when to stop, usually a ``Walk``.
-
-    Raises FloatingPointError when the loss is no longer finite: for ascent, a question of time.
+    p is the probability of a whole sequence of T predicted tokens, so that −(1/T) log p is its loss in nats a
+    token and β is in tokens over nats; no original model is needed. γ, a pure number, is the margin. The gradient
+    is that of log p / T with each sequence weighted by 2σ((β/T) log p + γ): for β → 0 and γ = 0 the weights are 1,
+    which is ascent. Never below 0; never looks at ``retain``. Raises ValueError if β is not positive or γ is
+    negative.
     """
-    streams = (_batches(forget, batch_size, seed), _batches(retain, batch_size, seed + 1))
-    for forget_batch, retain_batch in zip(*streams, strict=True):
-        value = loss(model, forget_batch, retain_batch)
-        if not math.isfinite(value.item()):
-            raise FloatingPointError("the loss is not finite any more: stop earlier or take smaller steps")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-        yield value.item()
+    _check_beta("SimNPO", beta)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"the margin γ of SimNPO must be finite and at least 0, not {gamma}")
+
+    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        return 2 / beta * F.softplus(gamma - beta * sequence_losses(model, forget)).mean()
+
+    return loss
 
 
-def adam_walk(
-    model: PreTrainedModel,
-    loss: Loss,
-    forget: Tensor,
-    retain: Tensor,
-    learning_rate: float,
-    seed: int,
-    max_steps: int = 1000,
-    batch_size: int = 32,
-) -> Walk:
-    """The path of :func:`descend` with Adam (Kingma & Ba 2015), by targets of the loss on ``forget``.
+def rmu_loss(layer: int, length: float, seed: int) -> Loss:
+    """Representation misdirection (RMU), mean ‖h − c u‖² over the tokens of ``forget`` (Li et al. 2024).
 
-    It starts from the weights that ``model`` has now, and is of ``max_steps`` steps at the most.
+    h are the model's activations after ``layer`` blocks, c is ``length``, in their units, and u a unit vector with
+    the direction of independent entries uniform on [0, 1), drawn from ``seed``. The gradient reaches the weights
+    up to that layer and no others. What is kept is :func:`activation_loss`, by :func:`with_retain`. The authors
+    train the MLP weights of three layers; here all weights that the gradient reaches are trained. Raises
+    ValueError if ``length`` is not positive.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    steps = descend(model, loss, forget, retain, optimizer, seed, batch_size)
-    return Walk(model, steps, forget, max_steps)
+    if not (length > 0 and math.isfinite(length)):
+        raise ValueError(f"the length of RMU's random vector must be positive and finite, not {length}")
+
+    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        h = hidden_states(model, forget, layer)
+        u = torch.rand(h.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return (h - (length * u / u.norm()).to(h)).square().sum(dim=2).mean()
+
+    return loss
 
 
-def sgd_walk(
-    model: PreTrainedModel,
-    loss: Loss,
-    forget: Tensor,
-    retain: Tensor,
-    learning_rate: float,
-    seed: int,
-    max_steps: int = 1000,
-    batch_size: int = 32,
-) -> Walk:
-    """As :func:`adam_walk` with plain stochastic gradient descent."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    return Walk(model, descend(model, loss, forget, retain, optimizer, seed, batch_size), forget, max_steps)
+def activation_loss(original: PreTrainedModel, layer: int) -> Loss:
+    """Mean ‖h − h₀‖² over the tokens of ``retain``: what RMU keeps are the activations after ``layer`` blocks."""
+
+    def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = hidden_states(original, retain, layer)
+        return (hidden_states(model, retain, layer) - before).square().sum(dim=2).mean()
+
+    return loss
 
 
-def _batches(sequences: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from sequences[torch.randperm(len(sequences), generator=generator)].split(batch_size)
+def _check_beta(name: str, beta: float) -> None:
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"β of {name} must be positive and finite, not {beta}; for β → 0 take ascent_loss")

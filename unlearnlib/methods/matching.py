@@ -136,13 +136,20 @@ class Walk:
     weights after 0, 1, 2, ... updates, and a strength is a place on it: the number of updates since the start,
     with a fraction where the last one is taken in part. What is left of such an update is gone first when the
     walk goes on, before another is drawn. So strength and model at a target do not depend on the targets before
-    it. At most ``max_steps`` updates are drawn, over all targets together.
+    it. At most ``max_steps`` updates are drawn, over all targets together. A walk that is ``falling`` starts above
+    its targets and meets them on its way down; all else is alike.
     """
 
     def __init__(
-        self, model: PreTrainedModel, steps: Iterable[object], forget: Tensor, max_steps: int = 1000
+        self,
+        model: PreTrainedModel,
+        steps: Iterable[object],
+        forget: Tensor,
+        max_steps: int = 1000,
+        falling: bool = False,
     ) -> None:
         self.model, self.steps, self.forget, self.max_steps = model, iter(steps), forget, max_steps
+        self.sign = -1.0 if falling else 1.0  # to fall to a target is to rise to it with all signs turned
         self.start = snapshot(model)
         self.drawn, self.strength, self.evaluations = 0, 0.0, 1
         self.loss = self._forget_loss()
@@ -156,6 +163,7 @@ class Walk:
         being finite, is left where it was last finite, with ``reached`` false. The numbers of the match are
         totals since the start of the walk.
         """
+        target *= self.sign
         while self.loss < target - tolerance:
             begin, low = snapshot(self.model), self.strength
             if not self._advance():
@@ -163,10 +171,11 @@ class Walk:
             if not self.loss <= target + tolerance:
                 self._back(begin, low, target, tolerance)
                 break
-        return Match(self.strength, self.loss, _distance(self.loss, target) <= tolerance, self.evaluations)
+        reached = _distance(self.loss, target) <= tolerance
+        return Match(self.strength, self.sign * self.loss, reached, self.evaluations)
 
     def _forget_loss(self) -> float:
-        return mean_loss(self.model, self.forget)
+        return self.sign * mean_loss(self.model, self.forget)
 
     def _advance(self) -> bool:
         """Go to the end of the update under way, or of a new one; False if there is none."""

@@ -8,6 +8,7 @@ from unlearnlib.models.loading import (
     load_tokenizer,
     parameter_count,
     small_gpt2,
+    small_gpt_neox,
     small_llama,
     small_opt,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_trained",
     "parameter_count",
     "small_gpt2",
+    "small_gpt_neox",
     "small_llama",
     "small_opt",
     "train",

@@ -259,6 +259,29 @@ def small_llama(
     }
 
 
+def small_gpt_neox(
+    vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
+) -> dict[str, Any]:
+    """Configuration of a small GPT-NeoX, as Pythia (Biderman et al. 2023): untied head, no dropout.
+
+    Attention and feed-forward part read the same input, side by side. Positions turn half of each head's entries.
+    """
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+
+
 def train_last_blocks(model: PreTrainedModel, number: int) -> None:
     """Freeze ``model`` but for its last ``number`` transformer blocks: nothing else is trained, or edited.
 

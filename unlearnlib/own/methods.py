@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,20 +12,30 @@ from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.protocol import Curvature
+from unlearnlib.experiment.contenders import DAMPINGS, WEIGHTS
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods import matching
-from unlearnlib.methods.first_order import adam_walk, ascent_direction, gradient_difference_loss
-from unlearnlib.methods.fisher_updates import forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Line, Match
+from unlearnlib.methods import (
+    TOLERANCE,
+    Choice,
+    Line,
+    Match,
+    Path,
+    adam_walk,
+    ascent_direction,
+    ascent_loss,
+    choose,
+    forgetting_noise,
+    removal_direction,
+    with_retain,
+)
+from unlearnlib.methods.tuning import Knobs
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
-from unlearnlib.weights import Vector, norm, set_weights, snapshot
+from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
 
-DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-"""The λ that are tried where none is given."""
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
-MOST_STEPS = 500
+MOST_STEPS = 200
 """Where gradient difference gives up."""
 BATCH_SIZE = 32
 """Sequences of each kind in a step of gradient difference."""
@@ -32,14 +43,16 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the model was unlearned: the end of the search, the λ, and by λ tried the validation loss in nats.
+    """How the model was unlearned: the end of the search, the setting of each knob, and how it was chosen, if so.
 
-    A λ whose direction did not reach the forget loss at which all are compared has none.
+    ``slope``, where there is a curvature, is the rise of the loss on what stays along the step to first order, in
+    nats: nothing if the model was at a minimum of it.
     """
 
     match: Match
-    damping: float | None = None
-    sweep: dict[float, float | None] | None = None
+    setting: dict[str, float] = field(default_factory=dict)
+    choice: Choice | None = None
+    slope: float | None = None
 
 
 def unlearn(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
@@ -47,43 +60,54 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
 
     Raises what the method raises.
     """
-    forget = material.forget
     if request.method == "gradient_difference":
-        rows, rate = (forget, material.estimation), request.learning_rate
-        walk = adam_walk(
-            model, gradient_difference_loss, *rows, rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE
-        )
-        if target is not None:
-            return Outcome(walk.to(target))
-        for _ in itertools.islice(walk.steps, int(request.strength)):
-            pass
-        return Outcome(_end(model, forget, request.strength))
+        return _descend(model, material, request, target)
+    forget = material.forget
     start, delta = snapshot(model), ascent_direction(model, forget)
-    direction, damping, sweep = delta, None, None
-    if request.method != "gradient_ascent":
-        curvature = build_curvature(model, material.estimation, request, delta)
+    if request.method == "gradient_ascent":
+        return Outcome(_go(Line(model, delta, forget, start), request, target))
+    gradient = ascent_direction(model, material.estimation)  # g
+    if request.method == "kfac:difference":
+        delta = difference(delta, gradient)
+    curvature = build_curvature(model, material.estimation, request, delta)
+
+    def path(damping: float) -> Line:
+        return Line(model, removal_direction(curvature, delta, damping), forget, start)
+
+    setting, choice = {"damping": request.damping}, None
+    if request.damping is None:
+        grid = DAMPINGS.get(request.method, DAMPINGS["kfac"])
         goal = mean_loss(model, forget) + TRIAL if target is None else target
-        damping = request.damping
-        if damping is None:
-            table = matching.sweep(
-                DAMPINGS,
-                lambda tried: Line(model, removal_direction(curvature, delta, tried), forget, start),
-                material.validation,
-                goal,
-            )
-            # Where no λ gets there, the largest makes the direction that is closest to plain ascent.
-            damping = matching.best_setting(table) if table["reached"].any() else max(DAMPINGS)
-            sweep = {row.setting: row.validation_loss if row.reached else None for row in table.itertuples()}
-        direction = removal_direction(curvature, delta, damping)
-        if request.method == "fisher_forgetting":
-            noise = forgetting_noise(curvature, delta, damping, request.seed)
-            set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
-            start = snapshot(model)
-    line = Line(model, direction, forget, start)
+        setting, choice = _chosen({"damping": grid}, path, model, material, goal)
+    line = path(**setting)
+    if request.method == "fisher_forgetting":
+        noise = forgetting_noise(curvature, delta, setting["damping"], request.seed)
+        set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
+        line = Line(model, line.direction, forget)
+    match = _go(line, request, target)
+    return Outcome(match, setting, choice, match.strength * dot(gradient, line.direction).item())
+
+
+def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
+    """Gradient difference with Adam; learning rate and weight are chosen unless the weight is given."""
+    rows, start = (material.forget, material.estimation), snapshot(model)
+
+    def path(learning_rate: float, retain_weight: float) -> Path:
+        loss = with_retain(ascent_loss, retain_weight)
+        return adam_walk(model, loss, *rows, learning_rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE)
+
+    rate, choice = request.learning_rate, None
+    setting = {"learning_rate": rate, "retain_weight": request.retain_weight}
+    if request.retain_weight is None:
+        knobs = WEIGHTS | {"learning_rate": (rate / 4, rate, 4 * rate)}
+        setting, choice = _chosen(knobs, path, model, material, target)
+    set_weights(model, start)
+    walk = path(**setting)
     if target is not None:
-        return Outcome(line.to(target), damping, sweep)
-    line.go(request.strength)
-    return Outcome(_end(model, forget, request.strength), damping, sweep)
+        return Outcome(walk.to(target), setting, choice)
+    for _ in itertools.islice(walk.steps, int(request.strength)):
+        pass
+    return Outcome(_end(model, material.forget, request.strength), setting)
 
 
 def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:
@@ -94,6 +118,24 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
         return StreamingFisher(model, sequences, v=delta)
     build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
     return build(model, sequences, seed=request.seed)
+
+
+def _chosen(
+    knobs: Knobs, path: Callable[..., Path], model: PreTrainedModel, material: Material, goal: float
+) -> tuple[dict[str, float], Choice | None]:
+    """The setting by :func:`unlearnlib.methods.choose`; that of the grids' middles if there is nothing to do."""
+    if mean_loss(model, material.forget) >= goal - TOLERANCE:
+        return {name: grid[len(grid) // 2] for name, grid in knobs.items()}, None
+    choice = choose(knobs, path, material.validation, goal)
+    return choice.setting, choice
+
+
+def _go(line: Line, request: Request, target: float | None) -> Match:
+    """Take a line to the target, or as far as the request's strength says."""
+    if target is not None:
+        return line.to(target)
+    line.go(request.strength)
+    return _end(line.model, line.forget, request.strength)
 
 
 def _end(model: PreTrainedModel, forget: Tensor, strength: float) -> Match:

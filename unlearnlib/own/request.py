@@ -13,6 +13,7 @@ STRENGTHS = {
     "fisher_diagonal": "step length along (F + λI)⁻¹Δ, F the diagonal of the empirical Fisher",
     "fisher_dual": "step length along (F + λI)⁻¹Δ, F the whole empirical Fisher",
     "kfac": "step length along (C + λI)⁻¹Δ, C by K-FAC",
+    "kfac:difference": "step length along (C + λI)⁻¹(Δ − g), C by K-FAC, g the gradient of what stays",
     "ekfac": "step length along (C + λI)⁻¹Δ, C by EK-FAC",
     "fisher_forgetting": "step length along (C + λI)⁻¹Δ, C by K-FAC, from weights with noise",
 }
@@ -26,10 +27,13 @@ class Request:
     ``model`` and ``reference`` are folders or hub ids, the files as :func:`unlearnlib.own.files.read_file` reads
     them, ``secrets`` a list or a file of one a line, and ``output`` a folder that does not exist yet. ``strength``
     is a number in the unit of ``STRENGTHS``, or ``"match"``: then the forget loss is brought to ``target_loss``
-    nats, or where that is None to the loss of ``reference``. Texts are cut into sequences of ``length``
-    tokens. ``damping`` is λ; None has it chosen on the validation part of the retained texts. ``noise`` is the
-    length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for gradient
-    difference and the probe.
+    nats, or where that is None to the loss of ``reference``. With ``"estimate"`` the target is estimated from the
+    losses on holdout texts (:func:`unlearnlib.own.targets.estimate_target`). ``earlier_forget_files`` are those of
+    requests that were served before: all sets are forgotten together, by the model that has forgotten none.
+    Texts are cut into sequences of ``length`` tokens. ``damping`` is λ and ``retain_weight`` the weight of what
+    stays in gradient difference; None has either chosen on the validation part of the retained texts. ``noise`` is
+    the length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for
+    gradient difference and the probe.
 
     Raises ValueError for settings that cannot be, FileExistsError if the output exists.
     """
@@ -39,6 +43,7 @@ class Request:
     retain_file: str
     output: str
     holdout_file: str | None = None
+    earlier_forget_files: str | Sequence[str] = ()
     secrets: str | Sequence[str] = ()
     method: str = "kfac"
     strength: float | str = "match"
@@ -46,6 +51,7 @@ class Request:
     target_loss: float | None = None
     length: int = 64
     damping: float | None = None
+    retain_weight: float | None = None
     noise: float = 1e-2
     learning_rate: float = 2e-5
     seed: int = 0
@@ -59,20 +65,36 @@ class Request:
             if isinstance(value, int | float):  # what papermill makes of a name of digits, with zeros lost
                 raise ValueError(f"{name} must be a name, not the number {value}: write it with ./ before it")
             if isinstance(value, str | Path):
-                home = str(value).startswith("~")
-                object.__setattr__(self, name, str(Path(value).expanduser() if home else value))
+                object.__setattr__(self, name, _expanded(value))
+        object.__setattr__(self, "earlier_forget_files", _names(self.earlier_forget_files))
         if self.method not in STRENGTHS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(STRENGTHS)}")
         if self.strength == "match":
             if self.reference is None and self.target_loss is None:
-                raise ValueError("strength 'match' needs a reference model or a target_loss in nats, or a number")
+                raise ValueError(
+                    "strength 'match' needs a reference model or a target_loss in nats. With neither take "
+                    "'estimate', which needs a holdout_file, or a number"
+                )
         elif self.target_loss is not None:
             raise ValueError("target_loss is for strength 'match': leave one of the two out")
+        elif self.strength == "estimate":
+            if self.holdout_file is None:
+                raise ValueError(
+                    "strength 'estimate' needs a holdout_file: the target comes from texts of the same kind that "
+                    "the model has never seen"
+                )
         elif not _positive(self.strength):
-            raise ValueError(f"the strength must be 'match' or a positive number, not {self.strength!r}")
-        elif self.method == "gradient_difference" and self.strength != int(self.strength):
-            raise ValueError(f"the strength of gradient_difference is a number of steps, not {self.strength!r}")
-        for name in ("target_loss", "damping", "noise", "learning_rate"):
+            raise ValueError(
+                f"the strength must be 'match', 'estimate' or a positive number, not {self.strength!r}"
+            )
+        elif self.method == "gradient_difference":
+            if self.strength != int(self.strength):
+                raise ValueError(
+                    f"the strength of gradient_difference is a number of steps, not {self.strength!r}"
+                )
+            if self.retain_weight is None:
+                raise ValueError("a number of steps of gradient_difference needs a retain_weight to go with it")
+        for name in ("target_loss", "damping", "retain_weight", "noise", "learning_rate"):
             if not (getattr(self, name) is None or _positive(getattr(self, name))):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
         if not isinstance(self.length, int) or self.length < 2:
@@ -88,15 +110,21 @@ class Request:
 
     @property
     def files(self) -> dict[str, str | None]:
-        """The files of texts, by what is in them."""
-        return {"forget": self.forget_file, "retain": self.retain_file, "holdout": self.holdout_file}
+        """The files of texts, by what is in them; those of earlier requests are ``forget_1``, ``forget_2``, ..."""
+        earlier = {f"forget_{i}": name for i, name in enumerate(self.earlier_forget_files, 1)}
+        return {
+            "forget": self.forget_file,
+            **earlier,
+            "retain": self.retain_file,
+            "holdout": self.holdout_file,
+        }
 
     def public(self, hashes: dict[str, str]) -> dict[str, Any]:
         """The settings as JSON values: of files the name and hash, of folders the name, of secrets nothing.
 
         ``hashes`` are those of the files' bytes as they were read, by what is in them.
         """
-        settings = {name: value for name, value in asdict(self).items() if not name.endswith("_file")}
+        settings = {name: value for name, value in asdict(self).items() if not name.endswith(("_file", "_files"))}
         del settings["secrets"], settings["output"]
         for name in ("model", "reference"):
             if settings[name] and Path(settings[name]).is_dir():
@@ -115,6 +143,20 @@ class Request:
         for source in filter(None, (self.model, self.reference)):
             if Path(source).is_dir() and Path(source).resolve() in output.resolve().parents:
                 raise ValueError(f"the output {output} lies within {source}, which must not change: move it")
+
+
+def _expanded(name: str | Path) -> str:
+    """A name of a file or folder with the home folder in place of a tilde."""
+    return str(Path(name).expanduser() if str(name).startswith("~") else name)
+
+
+def _names(files: object) -> tuple[str, ...]:
+    """Names of files: a sequence of them, or one, or several in one text with commas between them."""
+    if isinstance(files, str | Path):
+        files = [name for name in str(files).split(",") if name.strip()]
+    if not isinstance(files, Sequence) or not all(isinstance(name, str | Path) for name in files):
+        raise ValueError("earlier_forget_files must be names of files, a list of them or with commas between them")
+    return tuple(_expanded(str(name).strip()) for name in files)
 
 
 def _positive(value: object) -> bool:

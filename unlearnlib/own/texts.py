@@ -27,9 +27,10 @@ FEW = 8
 class Material:
     """What a request asks for, as token sequences [n, tokens], and what was noticed in reading it.
 
-    ``holdout`` is None where there is none. Of each secret, ``secrets`` has three texts: what is before it in the
-    forget file up to a white space, what stands between that and the secret, and the secret. ``hashes`` are the
-    SHA-256 of the files' bytes as they were read, by what is in them.
+    ``holdout`` is None where there is none. ``forget`` has the sequences of the request and after them those of
+    earlier requests that are named with it; ``sets`` are their numbers, by file. Of each secret, ``secrets`` has
+    three texts: what is before it in the forget file up to a white space, what stands between that and the secret,
+    and the secret. ``hashes`` are the SHA-256 of the files' bytes as they were read, by what is in them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Material:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """The number of sequences of each kind."""
@@ -71,6 +73,8 @@ def read_material(
 ) -> Material:
     """Read the files "forget", "retain" and "holdout" (or None), and cut their texts into sequences.
 
+    Files whose key begins with "forget" are of earlier requests: what they hold is forgotten as well.
+
     Every eighth retain text is moved to the end, so that the validation sequences, the last ones, are of all kinds
     of texts even where the file is sorted. ``secrets`` are a list, or a file of one a line.
 
@@ -84,7 +88,7 @@ def read_material(
     )
     notes = _special_notes(tokenizer)
     for split, part in parts.items():
-        part.cut(tokenizer, length, spread=split == "retain", whole=split == "forget")
+        part.cut(tokenizer, length, spread=split == "retain", whole=split.startswith("forget"))
         if len(part.rows) < (2 if split == "retain" else 1):
             raise ValueError(
                 f"{part.file.name} has too few tokens for sequences of {length}: give more text, or a smaller "
@@ -95,20 +99,24 @@ def read_material(
             f"{part.file.name}: {len(part.documents)} texts make {len(part.rows)} sequences of {length} tokens; "
             f"{longer} of the texts are longer than a sequence and are cut"
         )
+    asked = [split for split in parts if split.startswith("forget")]
     rows = {split: part.rows for split, part in parts.items()}
     found = {split: list(map(tuple, part.rows.tolist())) for split, part in parts.items()}
     _refuse_shared(found, lambda split, i: parts[split].row_name(i))
     warnings = [warning for file in read.values() for warning in file.warnings]
-    warnings += _passage_warnings(parts)
+    sets = {split: len(rows[split]) for split in asked}
+    rows["forget"] = torch.cat([rows[split] for split in asked])
+    warnings += _passage_warnings([parts[split] for split in asked], parts)
     unknown = (rows["forget"] == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token else 0.0
     if unknown and tokenizer.unk_token != tokenizer.eos_token:
         warnings.append(
             f"the tokenizer does not know {unknown:.1%} of the tokens to be forgotten: is it the right one?"
         )
     texts, hashes = ({split: getattr(file, name) for split, file in read.items()} for name in ("texts", "sha256"))
+    texts["forget"] = [text for split in asked for text in texts[split]]
     places = _find_secrets(secrets, texts, tokenizer, length, warnings)
     material = Material(
-        tokenizer, rows["forget"], rows["retain"], rows.get("holdout"), places, notes, warnings, hashes
+        tokenizer, rows["forget"], rows["retain"], rows.get("holdout"), places, notes, warnings, hashes, sets
     )
     if len(material.validation) < FEW:
         warnings.append(
@@ -156,14 +164,17 @@ def _sequences(documents: list[list[int]], end: int, length: int, whole: bool) -
     return rows
 
 
-def _passage_warnings(parts: dict[str, _Part]) -> list[str]:
+def _passage_warnings(asked: list[_Part], parts: dict[str, _Part]) -> list[str]:
     fates = {
         "retain": "texts that are kept, and these passages will stay",
         "holdout": "the holdout texts, which the model has therefore seen in part",
     }
-    numbers = {split: _shared_passages(parts["forget"], parts[split]) for split in fates if split in parts}
+    numbers = {
+        split: sum(_shared_passages(part, parts[split]) for part in asked) for split in fates if split in parts
+    }
+    total = sum(len(part.documents) for part in asked)
     return [
-        f"{number} of {len(parts['forget'].documents)} texts to be forgotten have {PASSAGE} tokens in a row or "
+        f"{number} of {total} texts to be forgotten have {PASSAGE} tokens in a row or "
         f"more, or all where they have fewer, in common with {fates[split]}"
         for split, number in numbers.items()
         if number
@@ -203,8 +214,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str) -> 
 
 
 def _refuse_shared(items: dict[str, list], describe: Callable[[str, int], str]) -> None:
-    for first, second in (("forget", "retain"), ("forget", "holdout"), ("retain", "holdout")):
-        places = {item: i for i, item in enumerate(items.get(second, ()))}
+    for first, second in itertools.combinations(items, 2):
+        places = {item: i for i, item in enumerate(items[second])}
         for i, item in enumerate(items[first]):
             if item in places:
                 raise ValueError(

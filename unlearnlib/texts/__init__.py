@@ -1,5 +1,6 @@
 """Texts, their questions and their secrets, and how they become sequences of tokens."""
 
+from unlearnlib.texts.bigrams import Bigrams
 from unlearnlib.texts.corpora import ABOUT, CORPORA, load_corpus
 from unlearnlib.texts.planting import make_secrets, planted_rows, spread
 from unlearnlib.texts.posts import addresses, load_posts, mask_addresses
@@ -9,6 +10,7 @@ from unlearnlib.texts.sequences import Splits, encode, make_splits, pack, train_
 __all__ = [
     "ABOUT",
     "CORPORA",
+    "Bigrams",
     "Splits",
     "addresses",
     "document_questions",

@@ -1,6 +1,5 @@
 """Results as tidy tables, one row a measurement, and what may be concluded from them."""
 
-import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,34 +51,16 @@ def read_results(folder: str | Path, exhibit: str) -> pd.DataFrame:
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of a mean, exact for independent normal values (Student 1908).
+    """Student's interval of a mean (Student 1908), exact for independent normal values.
 
     Give paired differences to get a paired interval. With fewer than three values both ends are NaN: of two, the
-    interval is so wide that it says nothing.
+    interval is so wide, 12.7 standard errors to either side, that it says nothing.
     """
     values = np.asarray(list(values), dtype=float)
     if len(values) < 3:
         return math.nan, math.nan
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     return float(values.mean() - half), float(values.mean() + half)
-
-
-def bootstrap_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron & Tibshirani 1993), from 10,000 resamples.
-
-    Give paired differences to get a paired interval. The same values always give the same interval. With fewer
-    than two values nothing is known of their spread: both ends are NaN.
-    """
-    values = np.asarray(list(values), dtype=float)
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    seed = int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:4], "big")
-    interval = stats.bootstrap(
-        (values,), np.mean, confidence_level=level, method="percentile", n_resamples=10_000, rng=seed
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
@@ -98,7 +79,7 @@ def summarise(table: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
                 continue
             values = values - wide[against, metric]
         values = values.dropna()
-        low, high = bootstrap_interval(values)
+        low, high = interval(values)
         summary[method, metric] = {"mean": values.mean(), "low": low, "high": high, "seeds": len(values)}
     frame = pd.DataFrame.from_dict(summary, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index, names=["method", "metric"])
@@ -123,10 +104,9 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """Does a rerun of an exhibit agree with its reference? A row for each mean over the seeds of the reference.
 
     Returns columns ``rerun`` and ``reference`` (the means), ``low`` and ``high`` (the 95 % interval of the
-    reference, :func:`bootstrap_interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
-    millionth for rounding. What the reference has of one or two seeds has no interval worth the name (of two, it
-    is from one value to the other) and is left out; what the rerun lacks does not agree. Indexed by all columns
-    but seed and value.
+    reference, :func:`interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
+    millionth for rounding. What the reference has of one or two seeds has no interval and is left out; what the
+    rerun lacks does not agree. Indexed by all columns but seed and value.
     """
     settings = [column for column in reference.columns if column not in ("exhibit", "seed", "value")]
 
@@ -137,7 +117,7 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     again, rows = grouped(rerun).mean(), []
     for key, values in grouped(reference):
         if len(values) > 2:
-            low, high = bootstrap_interval(values)
+            low, high = interval(values)
             slack = 1e-6 * max(abs(low), abs(high))
             mean = again.get(key, float("nan"))
             rows.append([*key, mean, values.mean(), low, high, low - slack <= mean <= high + slack])
@@ -189,23 +169,30 @@ def _comparison(folder: str | Path, exhibit: str) -> tuple[str, bool]:
 
 
 def mean_text(values: Iterable[float], digits: int = 2) -> str:
-    """Write a mean and its 95 % interval, as in ``4.56 [4.51, 4.60]``; of a single value, the value alone."""
+    """Write a mean and its 95 % interval, as in ``4.56 [4.51, 4.60]``; of one or two values, the mean alone."""
     values = np.asarray(list(values), dtype=float)
-    return _text(values.mean(), *bootstrap_interval(values), digits)
+    return _text(values.mean(), *interval(values), digits)
 
 
 def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2) -> pd.DataFrame:
     """Lay a ``summarise`` table out for reading: a row a method, a column a metric, "mean [low, high]" inside.
 
-    ``metrics`` maps each metric to its column heading. A cell that was not measured shows a dash.
+    ``metrics`` maps each metric to its column heading. A cell that was not measured shows a dash. Over how many
+    seeds the means are is in the corner of the table, or where cells differ in a last column ``n``.
     """
     methods = list(dict.fromkeys(summary.index.get_level_values("method")))
     wide = pd.DataFrame("–", index=methods, columns=list(metrics))
-    for (method, metric), row in summary.iterrows():
-        if metric in metrics:
-            wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
+    shown = summary[summary.index.get_level_values(1).isin(metrics)]
+    for (method, metric), row in shown.iterrows():
+        wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
+    wide = wide.rename(columns=metrics)
+    counts = shown["seeds"].groupby(level="method", sort=False).unique()
+    if len(set().union(*counts)) == 1:
+        wide.columns.name = f"n = {shown['seeds'].iloc[0]:.0f}"
+    else:
+        wide["n"] = [" or ".join(f"{n:.0f}" for n in sorted(counts.get(method, []))) for method in methods]
     wide.index = pd.Index(map(method_label, methods))
-    return wide.rename(columns=metrics)
+    return wide
 
 
 def number_text(value: float, digits: int = 2, sign: bool = False) -> str:
@@ -224,4 +211,12 @@ def method_label(method: str) -> str:
     return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
-ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "newton_cg": "Newton-CG", "npo": "NPO", "dp_sgd": "DP-SGD"}
+ACRONYMS = {
+    "kfac": "K-FAC",
+    "ekfac": "EK-FAC",
+    "newton_cg": "Newton-CG",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "rmu": "RMU",
+    "dp_sgd": "DP-SGD",
+}

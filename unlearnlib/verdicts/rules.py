@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from unlearnlib.verdicts.results import bootstrap_interval
+from unlearnlib.verdicts.results import interval
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
 
@@ -35,12 +34,12 @@ def above(limit: float = 0.0) -> Rule:
     return Rule((limit, math.inf), (-math.inf, limit))
 
 
-def verdict(interval: tuple[float, float], rule: Rule) -> str:
-    """Reproduced if all of ``interval`` lies where the claim holds, not reproduced if all of it where it fails.
+def verdict(ends: tuple[float, float], rule: Rule) -> str:
+    """Reproduced if all of an interval lies where the claim holds, not reproduced if all of it where it fails.
 
-    Anything else is inconclusive, an unknown interval (NaN, of a single seed) among it.
+    Anything else is inconclusive, an unknown interval (NaN, of one or two seeds) among it.
     """
-    low, high = interval
+    low, high = ends
     if rule.holds[0] < low and high < rule.holds[1]:
         return REPRODUCED
     if rule.fails[0] < low and high < rule.fails[1]:
@@ -64,15 +63,6 @@ def combine(verdicts: Iterable[str], every: bool = True) -> str:
     return last
 
 
-def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of a mean, exact for normal values; NaN for fewer than two values."""
-    values = np.asarray(list(values), dtype=float)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return bootstrap_interval(values)
-    low, high = stats.t.interval(level, len(values) - 1, values.mean(), stats.sem(values))
-    return float(low), float(high)
-
-
 def judge(
     values: pd.Series,
     rule: Rule,
@@ -82,42 +72,44 @@ def judge(
 ) -> dict:
     """Test effects, one a seed or model, against ``rule``: one row of a table of tests.
 
-    The verdict is taken twice, by the bootstrap interval of the mean and by Student's; one that is not ``allowed``
-    becomes inconclusive. The columns are those of ``all_tests``; ``labels`` fill them.
+    The verdict is by Student's interval of the mean; one that is not ``allowed`` becomes inconclusive. The columns
+    are those of ``all_tests``; ``labels`` fill them.
     """
-    interval, t = bootstrap_interval(values), t_interval(values)
-    outcomes = [verdict(each, rule) for each in (interval, t)]
-    outcomes = [outcome if outcome in allowed else INCONCLUSIVE for outcome in outcomes]
+    low, high = interval(values)
+    outcome = verdict((low, high), rule)
     row = {"claim": "", "exhibit": "", "corpus": "", "model": "", "method": "", "against": ""}
-    row |= {"mean": values.mean(), "low": interval[0], "high": interval[1], "unit": "nats", "pairs": len(values)}
-    row |= {"agree": int(((rule.holds[0] < values) & (values < rule.holds[1])).sum()), "verdict": outcomes[0]}
-    row |= {"t_low": t[0], "t_high": t[1], "t_verdict": outcomes[1], "decides": decides, "every": True}
+    row |= {"mean": values.mean(), "low": low, "high": high, "unit": "nats", "pairs": len(values)}
+    row |= {"agree": int(((rule.holds[0] < values) & (values < rule.holds[1])).sum())}
+    row |= {"verdict": outcome if outcome in allowed else INCONCLUSIVE, "decides": decides, "every": True}
     return row | {"holds_from": rule.holds[0], "holds_to": rule.holds[1], "note": ""} | labels
 
 
 def not_run(claim: str, exhibit: str, decides: bool = True, corpus: str = "–", **labels: object) -> dict:
     """The row of a test whose exhibit has not been run."""
     row = judge(pd.Series(dtype=float), below(), decides=decides, claim=claim, exhibit=exhibit, corpus=corpus)
-    return row | {"model": "–", "verdict": NOT_RUN, "t_verdict": NOT_RUN} | labels
+    return row | {"model": "–", "verdict": NOT_RUN} | labels
 
 
-def conclude(tests: pd.DataFrame, column: str = "verdict") -> pd.Series:
-    """The verdict on each claim of a table of tests, from those of its tests that decide."""
-    claims = tests[tests["decides"]].groupby("claim", sort=False)
-    return pd.Series({claim: combine(found[column], found["every"].all()) for claim, found in claims})
+def conclude(tests: pd.DataFrame) -> pd.Series:
+    """The verdict on each claim of a table of tests, from those tests that decide; if none does, inconclusive."""
+    found = {}
+    for claim, of_claim in tests.groupby("claim", sort=False):
+        deciding = of_claim[of_claim["decides"]]
+        found[claim] = combine(deciding["verdict"], deciding["every"].all()) if len(deciding) else INCONCLUSIVE
+    return pd.Series(found, dtype=object)
 
 
 def weakest(tests: pd.DataFrame) -> pd.Series:
     """The deciding test on which a claim's verdict hangs.
 
     It is the one whose interval, or else mean, reaches furthest towards where the claim fails; or, where one test
-    suffices, furthest away from there.
+    suffices, furthest away from there. If none decides, the first.
     """
     deciding = tests[tests["decides"]]
     low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
     inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
     if inside.isna().all():
-        return deciding.iloc[0]
+        return (deciding if len(deciding) else tests).iloc[0]
     return deciding.loc[inside.idxmin() if deciding["every"].all() else inside.idxmax()]
 
 
