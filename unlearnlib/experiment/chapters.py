@@ -306,6 +306,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "corpora": "reuters,tales,socialiqa,maths",
             "seeds": 5,
+            "relearning_steps": 15,
             "m": 512,
             "m_recursion": 256,
             "block_size": 64,
