@@ -54,6 +54,8 @@ PRIVATE = {
 
 # Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
 SERIES = {"size": 16, "opening": 3, "most": 12}
+# "most" settings of a method are tried, for each of the architectures "most_each".
+FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
@@ -90,18 +92,69 @@ REAL_MODEL = {
     "relearning_rate": 2e-5,
 }
 
+# All methods there are, on cases so small that each can be given the same search; the first seed chooses.
+FAIR_FIGHT = {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_ascent:repaired",
+        "gradient_ascent:kl",
+        "gradient_difference",
+        "npo:retain",
+        "simnpo:retain",
+        "rmu",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+        "kfac:steps",
+        "newton_cg:kfac",
+    ),
+    "forget": 32,
+    "retain": 256,
+    "holdout": 128,
+    "m": 192,
+    "m_recursion": 192,
+    "block_size": 64,
+    "most": 10,
+    "max_steps": 200,
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
-    "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
+    "gradient_ascent": {
+        "quick": {
+            "seeds": 1,
+            "forget": 32,
+            "retain": 256,
+            "holdout": 128,
+            "relearning_steps": 10,
+            "steps": 40,
+            "tried": 7,
+        },
+        "cpu": {"steps": 200, "tried": 12},
+        "gpu": {"steps": 200, "tried": 12},
+    },
     "newton": {
-        "quick": {"seeds": 1, "sequences": 64, "steps": 20, "draws": 10, "noise_draws": 3, "requests": 120},
-        "cpu": {"sequences": 256, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
-        "gpu": {"sequences": 512, "steps": 40, "draws": 50, "noise_draws": 20, "requests": 600},
+        "quick": {
+            "seeds": 1,
+            "sequences": 64,
+            "steps": 20,
+            "most": 6,
+            "draws": 10,
+            "noise_draws": 3,
+            "requests": 120,
+        },
+        "cpu": {"sequences": 256, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
+        "gpu": {"sequences": 512, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
     },
     "fisher": {
         "quick": {
             "seeds": 1,
             "second_seeds": 1,
+            "most": 6,
             "m": 256,
             "m_recursion": 256,
             "block_size": 64,
@@ -115,6 +168,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "seeds": 5,
             "second_seeds": 5,
+            "most": 12,
             "m": 840,
             "m_recursion": 256,
             "block_size": 64,
@@ -128,6 +182,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {
             "seeds": 3,
             "second_seeds": 1,
+            "most": 12,
             "m": 32,
             "m_recursion": 16,
             "block_size": 64,
@@ -145,9 +200,24 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": {"seeds": 1, "m": 256, "m_recursion": 256, "block_size": 64, "m_factors": 256, "draws": 3},
-        "cpu": {"seeds": 5, "m": 840, "m_recursion": 256, "block_size": 64, "m_factors": 840, "draws": 8},
-        "gpu": {"seeds": 3, "m": 32, "m_recursion": 16, "block_size": 64, "m_factors": 1024, "draws": 3},
+        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
+        "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
+        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+    },
+    "fair_fight": {
+        "quick": FAIR_FIGHT
+        | {
+            "seeds": 2,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "relearning_steps": 10,
+            "relearning_rate": 3e-4,
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
+        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
     },
     "cost": {
         "quick": {

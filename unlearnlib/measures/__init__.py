@@ -1,6 +1,14 @@
 """What is measured on a model: losses, divergence, membership, extraction, exposure, relearning, rounding."""
 
-from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
+from unlearnlib.losses import (
+    batched,
+    counted_passes,
+    log_probabilities,
+    logits,
+    mean_loss,
+    sequence_losses,
+    token_losses,
+)
 from unlearnlib.measures.attacks import calibrated, true_positive_rate
 from unlearnlib.measures.evaluation import (
     Reading,
@@ -30,6 +38,7 @@ __all__ = [
     "calibrated",
     "candidates",
     "continuations",
+    "counted_passes",
     "expected_exposure",
     "exposure_bits",
     "extraction_likelihood",
