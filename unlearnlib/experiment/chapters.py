@@ -44,14 +44,16 @@ PRIVATE = {
     "forget": 64,
     "retain": 448,
     "holdout": 256,
-    "dampings": (1e-6, 1e-5, 1e-4, 1e-3),
     "epsilons": (1, 8, 100, 2000),
-    "rates": (3e-3, 1e-2, 3e-2),
+    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (16, 32, 64)},
+    "most": 8,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
     "left_out_seeds": {"maths": (4,)},
 }
 
+# Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
+SERIES = {"size": 16, "opening": 3, "most": 12}
 # "most" settings of a method are tried, for each of the architectures "most_each".
 FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
 
@@ -88,9 +90,51 @@ REAL_MODEL = {
     "references": 1,
 }
 
+# All methods there are, on cases so small that each can be given the same search; the first seed chooses.
+FAIR_FIGHT = {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_ascent:repaired",
+        "gradient_ascent:kl",
+        "gradient_difference",
+        "npo:retain",
+        "simnpo:retain",
+        "rmu",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+        "kfac:steps",
+        "newton_cg:kfac",
+    ),
+    "forget": 32,
+    "retain": 256,
+    "holdout": 128,
+    "m": 192,
+    "m_recursion": 192,
+    "block_size": 64,
+    "most": 10,
+    "max_steps": 200,
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
-    "gradient_ascent": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
+    "gradient_ascent": {
+        "quick": {
+            "seeds": 1,
+            "forget": 32,
+            "retain": 256,
+            "holdout": 128,
+            "relearning_steps": 10,
+            "steps": 40,
+            "tried": 7,
+        },
+        "cpu": {"steps": 200, "tried": 12},
+        "gpu": {"steps": 200, "tried": 12},
+    },
     "newton": {
         "quick": {
             "seeds": 1,
@@ -157,6 +201,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+    },
+    "fair_fight": {
+        "quick": FAIR_FIGHT
+        | {
+            "seeds": 2,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "relearning_steps": 10,
+            "relearning_rate": 3e-4,
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
+        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
     },
     "cost": {
         "quick": {
@@ -282,14 +341,20 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dp_sgd": {
         "quick": PRIVATE
-        | {"corpora": "reuters", "epsilons": (1, 100, 2000), "rates": (1e-2,), "shorter": (1, 3, 5)},
+        | {
+            "corpora": "reuters",
+            "epsilons": (1, 100, 2000),
+            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "most": 5,
+            "shorter": (1, 3, 5),
+        },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
     },
     "repeated_requests": {
-        "quick": {"seeds": 1, "number": 6, "size": 16, "every": 1, "m": 128, "m_dual": 128},
-        "cpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 256},
-        "gpu": {"seeds": 5, "number": 12, "size": 16, "every": 2, "m": 256, "m_dual": 64},
+        "quick": SERIES | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 6},
+        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
+        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
     },
     "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
 }

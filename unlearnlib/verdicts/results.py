@@ -182,7 +182,7 @@ def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2
     """
     methods = list(dict.fromkeys(summary.index.get_level_values("method")))
     wide = pd.DataFrame("–", index=methods, columns=list(metrics))
-    shown = summary[summary.index.get_level_values("metric").isin(metrics)]
+    shown = summary[summary.index.get_level_values(1).isin(metrics)]
     for (method, metric), row in shown.iterrows():
         wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
     wide = wide.rename(columns=metrics)
@@ -211,4 +211,12 @@ def method_label(method: str) -> str:
     return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
-ACRONYMS = {"kfac": "K-FAC", "ekfac": "EK-FAC", "newton_cg": "Newton-CG", "npo": "NPO", "dp_sgd": "DP-SGD"}
+ACRONYMS = {
+    "kfac": "K-FAC",
+    "ekfac": "EK-FAC",
+    "newton_cg": "Newton-CG",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "rmu": "RMU",
+    "dp_sgd": "DP-SGD",
+}
