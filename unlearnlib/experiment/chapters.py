@@ -193,9 +193,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
-        "cpu": {"seeds": 5, "second_seeds": 5, "m": 840, "few": 256},
-        "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
+        "quick": {"seeds": 2, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
