@@ -1,6 +1,6 @@
 """The experiments: profiles, cases of one seed, and the report that measures methods on them."""
 
-from unlearnlib.experiment.case import Case, make_cases, model_name
+from unlearnlib.experiment.case import Case, make_cases, model_name, shared_documents
 from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.comparison import choose_settings, follow_methods, measure_references
 from unlearnlib.experiment.contenders import Contender, contenders_on
@@ -35,6 +35,7 @@ __all__ = [
     "on_second_corpus",
     "requests_of_sizes",
     "results_table",
+    "shared_documents",
     "streaming_cost_of_smollm2",
     "sweeps_table",
 ]
