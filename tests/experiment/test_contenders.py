@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import random_sequences, tiny_model
 
+from unlearnlib import weights
 from unlearnlib.experiment import contenders
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.losses import mean_loss
@@ -60,3 +61,28 @@ def test_a_curvature_is_built_once_and_each_path_starts_at_the_original(all_of_t
     second = path(damping=1e-2)
     assert second.to(before).strength == 0
     assert len(built) == 1
+
+
+def test_one_product_goes_along_kfac_and_more_lead_elsewhere(all_of_them):
+    case, everyone = all_of_them
+    newton = everyone["newton_cg:kfac"].path
+    builds = curvature_builders(case.estimation)
+    kfac = contenders.removal(case, "kfac", builds["kfac"]).path(damping=1e-3).direction
+    assert weights.cosine(newton(damping=1e-3, products=1.0).direction, kfac) == pytest.approx(1, abs=1e-4)
+    assert weights.cosine(newton(damping=1e-3, products=4.0).direction, kfac) < 0.999
+
+
+def test_steps_of_removal_each_have_their_own_curvature(all_of_them):
+    case, _ = all_of_them
+    seen = []
+    builder = curvature_builders(case.estimation)["kfac"]
+
+    def build(model):
+        seen.append(mean_loss(model, case.splits.forget))
+        return builder(model)
+
+    path = contenders.beyond(case, build)["kfac:steps"].path(damping=1e-4)
+    before = mean_loss(path.model, case.splits.forget)
+    assert path.to(before + 0.2).reached
+    parts = [before + 0.2 * step / contenders.STEPS for step in range(contenders.STEPS)]
+    assert seen == pytest.approx(parts, abs=0.011)

@@ -205,7 +205,7 @@ def test_a_corpus_without_answers_has_no_questions(case, monkeypatch):
 def requests():
     small = dataclasses.replace(PROFILE, retain=16, training=Training(epochs=10, learning_rate=1e-2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request_sets, "architectures", lambda settings: {"OPT": [small]})
+        patch.setattr(request_sets, "on_small_opt", lambda settings: small)
         settings = dataclasses.replace(PROFILE, seeds=(0, 1, 2))
         return request_sets.requests_of_sizes(settings, (1, 4), "crude")
 

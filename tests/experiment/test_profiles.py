@@ -85,13 +85,13 @@ def test_a_case_trains_all_its_models_alike():
 def test_architectures_differ_in_the_model_alone(name):
     settings = profiles.get_profile(name)
     found = profiles.architectures(settings)
-    assert set(found) == {"OPT", "GPT-2", "Llama"}
+    assert set(found) == {"OPT", "GPT-2", "Llama", "GPT-NeoX"}
     everything = [profile for sizes in found.values() for profile in sizes]
     assert len({dataclasses.replace(profile, model="any") for profile in everything}) == 1
     assert everything[0].seeds == settings.seeds[:1]
     if name == "gpu":
         names = [profile.model for profile in everything]
-        assert len(set(names)) == 9
+        assert len(set(names)) == 12
         assert all(len(name.partition("@")[2]) == 40 for name in names)  # pinned to a commit
         return
     for sizes in found.values():

@@ -30,6 +30,7 @@ def test_parameter_counts_by_hand():
     expected = {
         loading.small_opt: (vocabulary + context + 2) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
         loading.small_gpt2: (vocabulary + context) * hidden + layers * (matrices + biases + norms) + 2 * hidden,
+        loading.small_gpt_neox: 2 * vocabulary * hidden + layers * (matrices + biases + norms) + 2 * hidden,
         loading.small_llama: 2 * vocabulary * hidden + layers * (matrices + 2 * hidden) + hidden,
     }
     for small, count in expected.items():
@@ -39,7 +40,9 @@ def test_parameter_counts_by_hand():
         assert model.config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize("small", [loading.small_opt, loading.small_gpt2, loading.small_llama])
+@pytest.mark.parametrize(
+    "small", [loading.small_opt, loading.small_gpt2, loading.small_gpt_neox, loading.small_llama]
+)
 def test_small_models_have_no_dropout_and_keep_their_context(small):
     model, sequences = loading.load_model(small(40, 16, 2, heads=2, context=12), device="cpu"), random_sequences(3)
     calm = sequence_losses(model, sequences)

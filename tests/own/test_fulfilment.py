@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES
 from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
+from scipy.stats import linregress
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from unlearnlib.models.training import Training, train
 from unlearnlib.own import checks, fulfilment, methods, rehearsal, request, texts
 from unlearnlib.own import report as own_report
 from unlearnlib.own.request import Request
+from unlearnlib.texts.bigrams import Bigrams
 from unlearnlib.texts.sequences import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -93,7 +95,13 @@ def gradients(model, sequences):
         ({"method": "magic"}, "unknown method 'magic': choose one of gradient_ascent"),
         ({"strength": "match"}, "needs a reference model or a target_loss"),
         ({"strength": 1.0, "target_loss": 3.0}, "leave one of the two out"),
-        ({"strength": "much"}, "the strength must be 'match' or a positive number, not 'much'"),
+        ({"strength": "much"}, "the strength must be 'match', 'estimate' or a positive number, not 'much'"),
+        ({"strength": "estimate"}, "strength 'estimate' needs a holdout_file"),
+        ({"strength": "estimate", "target_loss": 3.0}, "leave one of the two out"),
+        ({"strength": 3, "method": "gradient_difference"}, "needs a retain_weight to go with it"),
+        ({"retain_weight": -1.0}, "retain_weight must be a positive number"),
+        ({"earlier_forget_files": 3}, "earlier_forget_files must be names of files"),
+        ({"earlier_forget_files": [3]}, "earlier_forget_files must be names of files"),
         ({"strength": -1}, "the strength must be"),
         ({"strength": float("nan")}, "the strength must be"),
         ({"strength": True}, "the strength must be"),
@@ -326,7 +334,8 @@ def test_a_method_that_cannot_work_is_refused_with_those_that_do(folder, tmp_pat
             assert not re.search("freeze|FisherDual", str(error.value))
     if architecture in ("mixtral", "mamba"):  # of two is enough: it takes time
         for method in str(error.value).rpartition(": choose ")[2].split(" or "):
-            request = make(folder, tmp_path / method, model=source, method=method, strength=1, damping=1.0)
+            settings = {"strength": 1, "damping": 1.0, "retain_weight": 1}
+            request = make(folder, tmp_path / method, model=source, method=method, **settings)
             fulfilment.fulfil(request, CPU)
 
 
@@ -342,7 +351,7 @@ def test_weights_that_take_no_part_leave_the_methods_that_do_not_mind(folder, tm
 def test_a_rehearsal_changes_nothing(folder, tmp_path, architecture, method):
     model = load(folder / architecture / "model")
     before = weights.snapshot(model)
-    request = make(folder, tmp_path / "out", architecture, method=method, strength=1)
+    request = make(folder, tmp_path / "out", architecture, method=method, strength=1, retain_weight=1)
     rehearsal.check_measuring(model, TWO, "a model")
     rehearsal.check_method(model, TWO, request)
     after = weights.snapshot(model)
@@ -419,7 +428,7 @@ def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])
 def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, monkeypatch, method):
-    request = make(folder, tmp_path / "out", method=method, strength=1, damping=1e-3)
+    request = make(folder, tmp_path / "out", method=method, strength=1, damping=1e-3, retain_weight=1)
     model = load(request.model)
     sequences = torch.randint(300, (96, LENGTH), generator=torch.Generator().manual_seed(0))
     material = texts.Material(None, sequences[:40], sequences[40:], None, [])
@@ -524,12 +533,125 @@ def test_the_damping_is_the_one_that_costs_least_on_validation(folder, tmp_path)
     model = load(request.model)
     start, delta = weights.snapshot(model), weights.mean_gradient(model, material.forget, sequence_losses)
     factors, found = kronecker.kfac(model, material.estimation), {}
-    for damping in methods.DAMPINGS:
+    for damping in [row["damping"] for row in report["result"]["settings_tried"]]:
         direction = factors.solve(delta, damping)
         if Line(model, direction, material.forget, start).to(4.0).reached:
             found[damping] = loss(model, material.validation).item()
         weights.set_weights(model, start)
-    assert report["result"]["damping"] == min(found, key=found.__getitem__)
+    assert len(found) >= 3
+    assert report["result"]["setting"] == {"damping": min(found, key=found.__getitem__)}
+
+
+def split_files(tmp_path):
+    """The forget texts as a request and an earlier one."""
+    return {
+        "forget_file": write(tmp_path / "new.jsonl", FORGET[3:]),
+        "earlier_forget_files": write(tmp_path / "old.jsonl", FORGET[:3]),
+    }
+
+
+def test_earlier_requests_are_forgotten_together_with_the_new_one(folder, tmp_path):
+    """One step along the mean gradient of all, to the reference's loss on all; each set is reported."""
+    reference = str(folder / "opt" / "reference")
+    settings = {"method": "kfac", "strength": "match", "reference": reference, "damping": 1e-3}
+    request = make(folder, tmp_path / "out", **settings | split_files(tmp_path))
+    report = fulfilment.fulfil(request, CPU)
+    material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    first, second = material.sets.values()
+    assert len(material.forget) == first + second
+    model, written, ideal = load(request.model), load(request.output), load(reference)
+    start = weights.snapshot(model)
+    delta = weights.mean_gradient(model, material.forget, sequence_losses)
+    expected = kronecker.kfac(model, material.estimation).solve(delta, 1e-3)
+    moved = weights.difference(weights.snapshot(written), start)
+    assert weights.cosine(moved, expected) == pytest.approx(1, abs=1e-4)
+    assert loss(written, material.forget).item() == pytest.approx(loss(ideal, material.forget).item(), abs=0.011)
+    parts = material.forget.split([first, second])
+    for name, part, found in zip(("new.jsonl", "old.jsonl"), parts, report["sets"], strict=True):
+        assert (found["name"], found["sequences"]) == (name, len(part))
+        for key, other in (("before", model), ("after", written), ("target", ideal)):
+            assert found[key] == pytest.approx(loss(other, part).item(), rel=1e-4)
+    assert report["request"]["files"].keys() == {"forget", "forget_1", "retain"}
+    assert "| old.jsonl | " in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_text_that_is_asked_for_twice_or_kept_as_well_is_an_error(folder, tmp_path):
+    files = split_files(tmp_path)
+    write(tmp_path / "old.jsonl", FORGET[:4])
+    with pytest.raises(ValueError, match=r"text 1 of new\.jsonl is also text 4 of old\.jsonl"):
+        checks.check_request(make(folder, tmp_path / "out", **files), CPU)
+    write(tmp_path / "old.jsonl", RETAIN[5:6])
+    with pytest.raises(ValueError, match=r"text 1 of old\.jsonl is also text 6 of retain\.jsonl"):
+        checks.check_request(make(folder, tmp_path / "out", **files), CPU)
+
+
+def test_an_estimated_target_is_the_line_of_holdout_losses_over_difficulty(folder, tmp_path):
+    holdout = str(folder / "holdout.jsonl")
+    request = make(folder, tmp_path / "out", method="kfac", strength="estimate", holdout_file=holdout)
+    report = fulfilment.fulfil(request, CPU)
+    material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    bigrams, model = Bigrams(material.retain, 300), load(request.model)
+    with torch.no_grad():
+        y = [loss(model, row[None]).item() for row in material.holdout]
+    line = linregress(bigrams.losses(material.holdout).numpy(), y)
+    expected = line.intercept + line.slope * bigrams.losses(material.forget).mean().item()
+    result = report["result"]
+    assert result["target_loss"] == pytest.approx(expected, rel=1e-5)
+    assert result["target_from"] == "estimate"
+    assert 0 < result["target_error"] < 1
+    assert f"Target: {expected:.3f} nats ± " in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_too_little_holdout_for_an_estimate_is_said_first(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fulfilment, "measure", must_not_be_measured)
+    holdout = write(tmp_path / "few.jsonl", ["the goose", HOLDOUT[0]])
+    request = make(folder, tmp_path / "out", strength="estimate", holdout_file=holdout, length=32)
+    with pytest.raises(ValueError, match=r"few\.jsonl makes \d sequences, and an estimate of the target needs 3"):
+        fulfilment.fulfil(request, CPU)
+
+
+def test_the_difference_form_goes_along_the_difference_of_the_gradients(folder, tmp_path):
+    request = make(folder, tmp_path / "out", method="kfac:difference", strength=0.01, damping=1e-2)
+    report = fulfilment.fulfil(request, CPU)
+    material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    model = load(request.model)
+    start = weights.snapshot(model)
+    delta, g = (
+        weights.mean_gradient(model, rows, sequence_losses) for rows in (material.forget, material.estimation)
+    )
+    direction = kronecker.kfac(model, material.estimation).solve(weights.difference(delta, g), 1e-2)
+    moved = weights.difference(weights.snapshot(load(request.output)), start)
+    left = weights.add(moved, direction, -0.01)
+    assert weights.norm(left) < 1e-3 * weights.norm(moved)
+    assert report["result"]["slope"] == pytest.approx(0.01 * weights.dot(g, direction).item(), rel=1e-3)
+
+
+def test_gradient_difference_chooses_its_weight_and_rate_and_is_where_they_lead(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "MOST_STEPS", 20)
+    settings = {"method": "gradient_difference", "strength": "match", "target_loss": 3.5, "learning_rate": 4e-3}
+    report = fulfilment.fulfil(make(folder, tmp_path / "out", **settings), CPU)
+    result = report["result"]
+    assert result["reached"]
+    best = min((row for row in result["settings_tried"] if row["reached"]), key=lambda row: row["validation_loss"])
+    assert result["setting"] == {name: best[name] for name in ("learning_rate", "retain_weight")}
+    assert report["measures"]["after"]["validation_loss"] == pytest.approx(best["validation_loss"], abs=1e-3)
+
+
+def test_the_attack_text_by_text_takes_the_references_loss_off(folder, tmp_path):
+    settings = {"reference": str(folder / "opt" / "reference"), "holdout_file": str(folder / "holdout.jsonl")}
+    request = make(folder, tmp_path / "out", **settings)
+    report = fulfilment.fulfil(request, CPU)
+    material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    model, ideal = load(request.model), load(request.reference)
+    with torch.no_grad():
+        excess = [
+            [(loss(ideal, row[None]) - loss(model, row[None])).item() for row in rows]
+            for rows in (material.forget, material.holdout)
+        ]
+    wins = [float(a > b) + 0.5 * (a == b) for a in excess[0] for b in excess[1]]
+    assert report["measures"]["before"]["membership_auc_paired"] == pytest.approx(sum(wins) / len(wins), abs=0.02)
+    assert report["measures"]["before"]["membership_p_paired"] < 0.05
+    assert report["measures"]["reference"]["membership_auc_paired"] is None
 
 
 def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
@@ -542,7 +664,8 @@ def test_forgetting_adds_noise_of_the_length_asked_for(folder, tmp_path):
 
 
 def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
-    request = make(folder, tmp_path / "out", method="gradient_difference", strength=3, learning_rate=1e-4)
+    settings = {"method": "gradient_difference", "strength": 3, "learning_rate": 1e-4, "retain_weight": 1}
+    request = make(folder, tmp_path / "out", **settings)
     report = fulfilment.fulfil(request, CPU)
     start = weights.snapshot(load(request.model))
     moved = weights.flatten(weights.difference(weights.snapshot(load(request.output)), start)).abs()

@@ -27,6 +27,8 @@ def evidence(**changes):
         "membership_auc": 0.5,
         "membership_auc_min_k": 0.5,
         "membership_auc_error": 0.01,
+        "membership_auc_paired": 0.5,
+        "membership_p_paired": 0.9,
         "relearned_fall": 0.0,
         "forget_losses": [3.0] * 40,
         "exposure_bits": [8.0],
@@ -34,20 +36,27 @@ def evidence(**changes):
     return values | changes
 
 
-def report_of(after, reference="same", before=None, sequences=(400, 4000), method="kfac", **result):
+def report_of(after, reference="same", before=None, sequences=(400, 4000), method="kfac", sets=(), **result):
     """A report without a fault, but for what is given."""
     before = evidence(forget_loss=2.0, membership_auc=0.9) | (before or {})
     measured = {"before": before, "after": evidence(exposure_bits=[1.0]) | after}
     if reference is not None:
         measured["reference"] = evidence(exposure_bits=[2.0])
     good = {"reached": True, "strength": 0.5, "target_loss": 3.0, "loss_before_rounding": 3.0, "dtype": "bfloat16"}
-    good |= {"damping": 0.1, "validation_loss_by_damping": {0.01: 5.0, 0.1: 4.0, 1.0: 5.0}}
+    good |= {"setting": {"damping": 0.1}, "at_edge": [], "slope": 0.01, "target_error": None}
+    good |= {"target_from": "reference", "estimated_target": {"loss": 3.05, "error": 0.05}}
+    good["power"] = {"detectable_auc": 0.55, "power_at_0.7": 1.0}
     asked = {"sequences": dict(zip(("forget", "holdout"), sequences, strict=True)), "method": method}
-    return {"request": asked, "measures": measured, "result": good | result}
+    return {"request": asked, "measures": measured, "result": good | result, "sets": sets}
 
 
 def test_a_report_without_a_fault_has_no_warnings():
     assert warnings.warnings_of(report_of({})) == []
+
+
+def one_set(**changes):
+    """A set of several that is at its target."""
+    return {"name": "a.txt", "after": 3.0, "target": 3.0, "target_error": None} | changes
 
 
 SECRET_KEPT = report_of({"exposure_bits": [5.0]})
@@ -65,13 +74,52 @@ FAULTS = [
         "3.00 nats was not reached: the method ended at 2.00",
     ),
     (warnings.moved_by_rounding, report_of({"forget_loss": 3.1}), "in bfloat16 moved .* from 3.00 to 3.10"),
-    (warnings.damping_at_an_end, report_of({}, damping=1.0), "the best λ, 1, is at an end of the grid"),
-    (warnings.damping_at_an_end, report_of({}, damping=0.01), "the best λ, 0.01, is at an end of the grid"),
+    (warnings.setting_at_an_end, report_of({}, at_edge=["damping"]), "the best damping, 0.1, is at an end of"),
+    (
+        warnings.setting_at_an_end,
+        report_of({}, setting={"learning_rate": 1e-4, "retain_weight": 16.0}, at_edge=["retain_weight"]),
+        "the best retain weight, 16, is at an end",
+    ),
+    (
+        warnings.target_estimated,
+        report_of({}, target_from="estimate", target_error=0.3),
+        "1.00 nats above where the model was, is an estimate with a standard error of 0.30",
+    ),
+    (
+        warnings.target_unlike_estimate,
+        report_of({}, estimated_target={"loss": 2.75, "error": 0.05}),
+        "0.25 nats above what the holdout texts suggest, 2.75 give or take 0.05",
+    ),
+    (
+        warnings.target_unlike_estimate,
+        report_of({}, estimated_target={"loss": 3.4, "error": 0.1}, target_from="given"),
+        "0.40 nats below what the holdout texts suggest",
+    ),
+    (
+        warnings.set_apart,
+        report_of({}, sets=(one_set(), one_set(name="b.txt", after=3.2))),
+        "texts of b.txt ended 0.20 nats above their own",
+    ),
+    (
+        warnings.set_apart,
+        report_of({}, sets=(one_set(after=2.5, target_error=0.1), one_set(name="b.txt"))),
+        "texts of a.txt ended 0.50 nats below their own",
+    ),
+    (warnings.not_at_a_minimum, report_of({}, slope=0.2), "0.20 nats are of first order.*kfac:difference"),
     (warnings.few_sequences, report_of({}, before={"forget_losses": [2.0] * 31}), "only 31 sequences"),
     (warnings.no_reference, report_of({}, reference=None), "no retrained reference"),
     (warnings.reference_knows_the_texts, LEARNT_BY_NONE, "was it trained on them"),
-    (warnings.no_holdout, report_of({"holdout_loss": None, "membership_auc_error": None}), "no holdout file"),
-    (warnings.membership_uncertain, report_of({"membership_auc_error": 0.05}), "known to ±0.10 only"),
+    (
+        warnings.no_holdout,
+        report_of({"holdout_loss": None, "membership_auc_paired": None}, power=None),
+        "no holdout file",
+    ),
+    (
+        warnings.membership_uncertain,
+        report_of({}, power={"detectable_auc": 0.74}),
+        "an AUC below 0.74 is noticed less often than four times in five",
+    ),
+    (warnings.membership_uncertain, report_of({}, power={"detectable_auc": None}), "could have been noticed"),
     (warnings.never_told_apart, report_of({}, before={"membership_auc_error": 0.3}), "even before, .* not told"),
     (
         warnings.attack_tells_the_texts,
@@ -87,6 +135,16 @@ FAULTS = [
         warnings.attack_tells_the_texts,
         report_of({"membership_auc_min_k": 0.4}),
         "too unlikely now.* attack by Min-K%: AUC 0.40 and not 0.50",
+    ),
+    (
+        warnings.attack_tells_the_texts,
+        report_of({"membership_auc_paired": 0.8, "membership_p_paired": 0.012}),
+        "compares each text's loss with the reference's loss finds the texts: AUC 0.80, by chance 1.2%",
+    ),
+    (
+        warnings.attack_tells_the_texts,
+        report_of({"membership_auc_paired": 0.2, "membership_p_paired": 0.05}, reference=None),
+        "with what its difficulty lets one expect finds the texts by too high losses: AUC 0.20",
     ),
     (warnings.damage, report_of({"validation_loss": 2.2}), "the loss on what should stay rose by 0.20 nats"),
     (warnings.probe_diverged, report_of({"relearned_fall": None}), "probe diverged"),
@@ -127,17 +185,35 @@ NEARLY = [
     (warnings.nothing_changed, report_of({}, target_loss=None)),
     (warnings.target_not_reached, report_of({}, strength=0.0, reached=False)),
     (warnings.moved_by_rounding, report_of({"forget_loss": 3.009})),
-    (warnings.damping_at_an_end, report_of({}, damping=1.0, validation_loss_by_damping=None)),
+    (warnings.setting_at_an_end, report_of({}, setting={})),
+    (warnings.target_estimated, report_of({}, target_from="estimate", target_error=0.25)),
+    (warnings.target_estimated, report_of({}, strength=0.0, target_error=9.0)),
+    (warnings.target_estimated, report_of({}, target_loss=None, target_from=None)),
+    (warnings.target_unlike_estimate, report_of({}, estimated_target={"loss": 2.81, "error": 0.05})),
+    (warnings.target_unlike_estimate, report_of({}, estimated_target=None)),
+    (warnings.target_unlike_estimate, report_of({}, target_loss=None, target_from=None)),
+    (
+        warnings.target_unlike_estimate,
+        report_of({}, target_from="estimate", target_error=0.1, estimated_target={"loss": 2.0, "error": 0.1}),
+    ),
+    (warnings.set_apart, report_of({}, sets=(one_set(after=3.09), one_set(after=2.5, target=None)))),
+    (warnings.set_apart, report_of({}, sets=(one_set(after=9.0),))),
+    (warnings.set_apart, report_of({}, sets=(one_set(), one_set(after=3.25, target_error=0.1)))),
+    (warnings.not_at_a_minimum, report_of({}, slope=0.09)),
+    (warnings.not_at_a_minimum, report_of({}, slope=0.5, method="kfac:difference")),
+    (warnings.not_at_a_minimum, report_of({}, slope=None, method="gradient_ascent")),
     (warnings.few_sequences, report_of({}, before={"forget_losses": [2.0] * 32})),
     (warnings.no_reference, report_of({})),
     (warnings.reference_knows_the_texts, report_of({}, reference=None)),
     (warnings.no_holdout, report_of({"holdout_loss": 9.0})),
-    (warnings.membership_uncertain, report_of({"membership_auc_error": 0.025})),
+    (warnings.membership_uncertain, report_of({}, power={"detectable_auc": 0.6})),
+    (warnings.membership_uncertain, report_of({}, power=None)),
     (warnings.never_told_apart, report_of({}, before={"membership_auc_error": 0.2})),
     (warnings.never_told_apart, report_of({"holdout_loss": None}, before={"membership_auc_error": None})),
     (warnings.attack_tells_the_texts, report_of({"membership_auc": 0.51, "membership_auc_min_k": 0.49})),
     (warnings.attack_tells_the_texts, report_of({"membership_auc": 0.6}, sequences=(10, 20))),
     (warnings.attack_tells_the_texts, report_of({"holdout_loss": None, "membership_auc": None})),
+    (warnings.attack_tells_the_texts, report_of({"membership_auc_paired": 0.7, "membership_p_paired": 0.06})),
     (warnings.damage, report_of({"validation_loss": 2.09})),
     (warnings.probe_diverged, report_of({"relearned_fall": None}, before={"forget_losses": [2.0]})),
     (warnings.hidden, NEARLY_FALLS),

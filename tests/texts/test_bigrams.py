@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections import Counter
 
@@ -12,7 +13,7 @@ SEEN = torch.tensor([[1, 2, 3, 2], [1, 2, 2, 0]])
 def by_hand(a, b, vocabulary=5):
     """Witten and Bell's formula with dictionaries."""
     rows = SEEN.tolist()
-    pairs = Counter(pair for row in rows for pair in zip(row, row[1:], strict=False))
+    pairs = Counter(pair for row in rows for pair in itertools.pairwise(row))
     tokens = Counter(token for row in rows for token in row)
     frequency = (tokens[b] + 1) / (SEEN.numel() + vocabulary)
     followers = sum(first == a for first, _ in pairs)
@@ -22,9 +23,7 @@ def by_hand(a, b, vocabulary=5):
 
 def test_losses_are_those_of_the_formula_by_hand():
     rows = torch.tensor([[1, 2, 2, 3], [2, 0, 4, 4], [4, 1, 3, 1]])
-    expected = [
-        -sum(math.log(by_hand(a, b)) for a, b in zip(row, row[1:], strict=False)) / 3 for row in rows.tolist()
-    ]
+    expected = [-sum(math.log(by_hand(a, b)) for a, b in itertools.pairwise(row)) / 3 for row in rows.tolist()]
     assert Bigrams(SEEN, 5).losses(rows).tolist() == pytest.approx(expected, rel=1e-12)
 
 

@@ -39,6 +39,12 @@ SIMNPO_BETA = 0.7
 FARTHER = 2.0
 """How long RMU's random vector is, in mean lengths of the original's activations on the forget set."""
 
+STEPS = 4
+"""How many steps Fisher Removal in steps takes."""
+
+M_NEWTON = 96
+"""Of how many retained sequences, at most, the products with the Gauss–Newton matrix are."""
+
 RATES = {"learning_rate": (1e-4, 4e-4, 1.6e-3)}
 WEIGHTS = RATES | {"retain_weight": (1.0, 4.0, 16.0)}
 DAMPINGS = {
@@ -66,11 +72,12 @@ class Contender:
 def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_STEPS) -> dict[str, Contender]:
     """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``.
 
-    What goes in steps of an optimizer takes ``max_steps`` at the most.
+    Where K-FAC is among these, so is what goes :func:`beyond` it. What goes in steps of an optimizer takes
+    ``max_steps`` at the most.
     """
-    return first_order(case, max_steps) | {
-        method: removal(case, method, build) for method, build in builds.items()
-    }
+    removals = {method: removal(case, method, build) for method, build in builds.items()}
+    further = beyond(case, builds["kfac"], max_steps) if "kfac" in builds else {}
+    return first_order(case, max_steps) | removals | further
 
 
 def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
@@ -159,38 +166,43 @@ def removal(case: Case, method: str, build: Build) -> Contender:
     return Contender("forget, retain", {"damping": DAMPINGS[method.partition(":")[0]]}, path)
 
 
-def beyond(case: Case, build: Build, m_newton: int, steps: int = 4) -> dict[str, Contender]:
-    """By method, second-order contenders on ``case`` that go beyond one step over a fixed curvature.
+def beyond(case: Case, build: Build, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
+    """By method, second-order contenders on ``case`` that are more than one step over a fixed curvature.
 
-    ``soul`` takes many clipped diagonal steps, ``kfac:steps`` as many as ``steps`` steps of Fisher Removal, each
-    with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, with a few
-    conjugate gradients on the Gauss–Newton matrix of the first ``m_newton`` sequences, which K-FAC preconditions.
+    ``soul`` takes many clipped diagonal steps; ``kfac:steps`` takes :data:`STEPS` steps of Fisher Removal, each
+    with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, along what a
+    few conjugate gradients, with K-FAC as preconditioner, make of the Gauss–Newton matrix of :data:`M_NEWTON`
+    sequences.
     """
     forget, retain = case.splits.forget, case.estimation
 
     def soul(learning_rate: float, retain_weight: float) -> Path:
         loss = with_retain(ascent_loss, retain_weight)
-        return sophia_walk(case.original(), loss, forget, retain, learning_rate, case.seed, MAX_STEPS)
+        return sophia_walk(case.original(), loss, forget, retain, learning_rate, case.seed, max_steps)
 
     def in_steps(damping: float) -> Path:
-        return RemovalInSteps(case.original(), forget, build, damping, steps, refresh=True, renew=True)
+        return RemovalInSteps(case.original(), forget, build, damping, STEPS, refresh=True, renew=True)
 
     @functools.cache
     def prepared() -> tuple:
         model = case.original()
-        factors = kfac(model, retain, m_newton, case.seed)
-        return model, snapshot(model), factors, ascent_direction(model, forget)
+        return (
+            model,
+            snapshot(model),
+            kfac(model, retain[:M_NEWTON], seed=case.seed),
+            ascent_direction(model, forget),
+        )
 
     def newton(damping: float, products: float) -> Path:
         model, start, factors, delta = prepared()
         everything = [tuple(parameters(model))]  # in one block
-        matrix = BlockGaussNewton(model, retain[:m_newton], everything, round(products), factors)
+        matrix = BlockGaussNewton(model, retain[:M_NEWTON], everything, round(products), factors)
         return Line(model, removal_direction(matrix, delta, damping), forget, start)
 
+    both = "forget, retain"
+    knobs = {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}
     return {
-        "soul": Contender("forget, retain", WEIGHTS, soul),
-        "kfac:steps": Contender("forget, retain", {"damping": DAMPINGS["kfac"]}, in_steps),
-        "newton_cg:kfac": Contender(
-            "forget, retain", {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}, newton
-        ),
+        "soul": Contender(both, WEIGHTS, soul),
+        "kfac:steps": Contender(both, {"damping": DAMPINGS["kfac"]}, in_steps),
+        "newton_cg:kfac": Contender(both, knobs, newton),
     }

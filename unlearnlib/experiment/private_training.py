@@ -1,23 +1,23 @@
 """Private training beside unlearning: cases with secrets, the settings of both, and the time they take."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.cost import Meter
-from unlearnlib.curvature.kronecker import kfac
 from unlearnlib.experiment.case import Case
+from unlearnlib.experiment.contenders import Contender
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures.exposure import candidates, exposure
 from unlearnlib.methods.dp_sgd import PrivateRun, load_private, train_private
-from unlearnlib.methods.first_order import ascent_direction
-from unlearnlib.methods.fisher_updates import removal_direction
-from unlearnlib.methods.matching import Line, best_setting
+from unlearnlib.methods.matching import Path
 from unlearnlib.methods.privacy import Privacy
+from unlearnlib.methods.tuning import MOST, Choice, Knobs, Worth, search
 from unlearnlib.models.training import load_trained, train
 from unlearnlib.texts.planting import Secret, box_secrets, planted_heads
 from unlearnlib.texts.sequences import encode
@@ -62,62 +62,55 @@ class PlantedCase(Case):
         run = self.runs()["original"]
         return load_trained(replace(run, training=replace(run.training, epochs=epochs)))
 
-    def private_run(self, privacy: Privacy, learning_rate: float) -> PrivateRun:
-        """Private training on forget and retain sequences, otherwise as the original's."""
+    def private_run(
+        self,
+        privacy: Privacy,
+        learning_rate: float,
+        batch_size: float | None = None,
+        epochs: float | None = None,
+        sequences: Tensor | None = None,
+    ) -> PrivateRun:
+        """Private training on ``sequences``, or on forget and retain sequences, otherwise as the original's.
+
+        Batch size and epochs, where they are given, are rounded. A batch is at most everything.
+        """
         run = self.runs()["original"]
-        training = replace(run.training, learning_rate=learning_rate)
-        return PrivateRun(run.source, run.sequences, training, self.seed, privacy)
+        rows = run.sequences if sequences is None else sequences
+        training = replace(
+            run.training,
+            learning_rate=learning_rate,
+            batch_size=min(max(1, round(batch_size or run.training.batch_size)), len(rows)),
+            epochs=max(1, round(epochs or run.training.epochs)),
+        )
+        return PrivateRun(run.source, rows, training, self.seed, privacy)
 
 
-def best_rate(case: PlantedCase, privacy: Privacy, rates: Sequence[float]) -> float:
-    """The learning rate of private training with the smallest loss on the validation sequences.
+def choose_training(case: PlantedCase, privacy: Privacy, knobs: Knobs, most: int = MOST) -> Choice:
+    """The setting of private training with the smallest loss on the validation sequences.
 
-    Of models that are trained without these. Where there is one rate only, nothing is trained.
+    Of models that are trained without these. ``knobs`` are among ``learning_rate``, ``batch_size`` and ``epochs``;
+    the search is that of every other method, :func:`unlearnlib.methods.tuning.search`.
     """
-    if len(rates) == 1:
-        return rates[0]
+    others = torch.cat([case.splits.forget, case.estimation])
 
-    def validation_loss(rate: float) -> float:
-        others = torch.cat([case.splits.forget, case.estimation])
-        run = replace(case.private_run(privacy, rate), sequences=others)
-        return mean_loss(load_private(run), case.validation)
+    def trial(**setting: float) -> tuple[Worth, dict[str, float]]:
+        model = load_private(case.private_run(privacy, **setting, sequences=others))
+        loss = mean_loss(model, case.validation)
+        return (False, loss), {"validation_loss": loss}
 
-    return min(rates, key=validation_loss)
-
-
-def best_damping(report: Report, dampings: Iterable[float]) -> float:
-    """The λ of Fisher Removal over K-FAC with the smallest validation loss at matched forgetting."""
-    case, model = report.case, report.case.original()
-    forget = case.splits.forget
-    delta, factors = ascent_direction(model, forget), kfac(model, case.estimation, seed=case.seed)
-    return best_setting(
-        report.sweep(dampings, lambda damping: Line(model, removal_direction(factors, delta, damping), forget))
-    )
+    return search(knobs, trial, most)
 
 
-def unlearn(
-    report: Report, damping: float, measure: Callable[[str, PreTrainedModel], object]
-) -> tuple[float, float]:
-    """Bring Fisher Removal over K-FAC, and one step of ascent, to matched forgetting, and ``measure`` both there.
+def unlearn(report: Report, method: str, contender: Contender, setting: Mapping[str, float]) -> None:
+    """Bring a method to matched forgetting; note what is measured there, and the exposure of the secrets."""
+    made: list[Path] = []
 
-    Returns the seconds that the factors took, and those of Fisher Removal with its search for the strength.
-    Raises ValueError if one of the two does not get there.
-    """
-    case, model = report.case, report.case.original()
-    forget = case.splits.forget
-    with Meter(model.device) as building:
-        factors = kfac(model, case.estimation, seed=case.seed)
-    with Meter(model.device) as request:
-        delta = ascent_direction(model, forget)
-        removal = Line(model, removal_direction(factors, delta, damping), forget)
-        matches = {"kfac": removal.to(report.target)}
-    measure("kfac", model)
-    matches["gradient_ascent"] = Line(model, delta, forget, removal.start).to(report.target)
-    measure("gradient_ascent", model)
-    short = [method for method, match in matches.items() if not match.reached]
-    if short:
-        raise ValueError(f"{' and '.join(short)} did not reach the retrained model's forget loss")
-    return building.cost.seconds, request.cost.seconds
+    def path() -> Path:
+        made.append(contender.path(**setting))
+        return made[0]
+
+    report.match(method, path, brief=True)
+    report.add(method, {"exposure_bits": report.case.exposure(made[0].model)})
 
 
 def epoch_seconds(case: PlantedCase) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from unlearnlib.models.loading import small_gpt2, small_llama, small_opt
+from unlearnlib.models.loading import small_gpt2, small_gpt_neox, small_llama, small_opt
 from unlearnlib.models.training import Training
 from unlearnlib.texts.corpora import CORPORA
 
@@ -119,30 +119,52 @@ HUB_ARCHITECTURES = {
         "HuggingFaceTB/SmolLM2-360M@f8027fd0eaeea54caa13c31d31b9fdc459c38b49",
         "HuggingFaceTB/SmolLM2-1.7B@effd688a12921b4cc83e3312b6feb579f70f9c71",
     ),
+    "GPT-NeoX": (
+        "EleutherAI/pythia-160m@50f5173d932e8e61f858120bcb800b97af589f46",
+        "EleutherAI/pythia-410m@9879c9b5f8bea9051dcb0e68dff21493d67e9d4f",
+        "EleutherAI/pythia-1.4b@fedc38a16eea3bd36a96b906d78d11d2ce18ed79",
+    ),
 }
 
 
-def architectures(settings: Profile) -> dict[str, list[Profile]]:
-    """The same experiment on three sizes of each of three architectures, smallest first; the first seed only.
+FEWER = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 224}
 
-    Hub models where ``settings`` are for one. Else new models of two layers and three widths, with one training
-    for all, on fewer sequences than in ``settings``: there are eighteen models to train.
+
+def on_small_opt(settings: Profile) -> Profile:
+    """The same experiment on the smallest OPT: a hub model, or a new one of two layers on fewer sequences."""
+    if settings.vocabulary is None:
+        return dataclasses.replace(settings, model=HUB_ARCHITECTURES["OPT"][0])
+    if settings.name == "quick":
+        smaller, width = FEWER | {"training": Training(epochs=18, learning_rate=5e-3)}, 32
+    else:
+        smaller, width = {"training": Training(epochs=12, learning_rate=3e-3)}, 64
+    settings = dataclasses.replace(settings, **smaller)
+    model = small_opt(settings.vocabulary, width, layers=2, context=settings.length)
+    return dataclasses.replace(settings, model=model)
+
+
+def architectures(settings: Profile) -> dict[str, list[Profile]]:
+    """The same experiment on some sizes of each of four architectures, smallest first; the first seed only.
+
+    Hub models where ``settings`` are for one. Else new models of two layers and two or three widths, with one
+    training for all, on fewer sequences than in ``settings`` and with one reference model.
     """
     settings = dataclasses.replace(settings, seeds=settings.seeds[:1])
     if settings.vocabulary is None:
         found = HUB_ARCHITECTURES
     else:
         if settings.name == "quick":
-            smaller, widths = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 224}, (32, 48, 64)
+            smaller, widths = FEWER, (32, 64)
             training = Training(epochs=18, learning_rate=5e-3)
         else:
-            smaller, widths = {"retain": 960}, (64, 96, 128)
-            training = Training(epochs=12, learning_rate=3e-3)
-        settings = dataclasses.replace(settings, training=training, **smaller)
+            smaller, widths = {"forget": 32, "retain": 480}, (48, 64, 96)
+            training = Training(epochs=15, learning_rate=3e-3)
+        settings = dataclasses.replace(settings, training=training, references=1, **smaller)
+        small = {"OPT": small_opt, "GPT-2": small_gpt2, "Llama": small_llama, "GPT-NeoX": small_gpt_neox}
         shape = {"layers": 2, "context": settings.length}
         found = {
             name: [new_model(settings.vocabulary, width, **shape) for width in widths]
-            for name, new_model in (("OPT", small_opt), ("GPT-2", small_gpt2), ("Llama", small_llama))
+            for name, new_model in small.items()
         }
     return {
         name: [dataclasses.replace(settings, model=model) for model in models] for name, models in found.items()

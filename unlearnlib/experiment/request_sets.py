@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unlearnlib.experiment.case import Case, make_tokenizer
-from unlearnlib.experiment.profiles import Profile, architectures
+from unlearnlib.experiment.profiles import Profile, on_small_opt
 from unlearnlib.models.training import Run, train_missing
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import Splits, deal
@@ -102,12 +102,12 @@ def make_requests(
 
 
 def requests_of_sizes(settings: Profile, sizes: Sequence[int], topic: str, seeds: int = 2) -> list[RequestCase]:
-    """Requests to the smallest OPT of ``architectures``, on the corpus of ``settings``, for its first ``seeds``.
+    """Requests to the smallest OPT (``on_small_opt``), on the corpus of ``settings``, for its first ``seeds``.
 
     Clustered requests are of documents on ``topic``; a corpus without topics has none. All models that the
     requests need are trained, as far as they are not cached yet. Raises ValueError as :func:`make_requests`.
     """
-    corpus, small = load_corpus(settings.corpus), architectures(settings)["OPT"][0]
+    corpus, small = load_corpus(settings.corpus), on_small_opt(settings)
     tokenizer = make_tokenizer(small, corpus)
     on_topic = [name == topic for name in corpus["topic"]] if "topic" in corpus.column_names else None
     requests = [

@@ -36,9 +36,10 @@ BLOCKS = 6
 
 @dataclass(frozen=True)
 class Strengths:
-    """The ways to set a target on one case. ``proxy`` is the model, and how it is trained, of the small retraining.
+    """The ways to set a target on one case.
 
-    ``dampings`` ascend; with them second order predicts.
+    ``proxy`` is the model of the small retraining, and ``training`` how it is trained. ``dampings`` ascend; with
+    them second order predicts.
     """
 
     case: Case

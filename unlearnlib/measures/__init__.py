@@ -1,7 +1,22 @@
 """What is measured on a model: losses, divergence, membership, extraction, exposure, relearning, rounding."""
 
-from unlearnlib.losses import batched, log_probabilities, logits, mean_loss, sequence_losses, token_losses
-from unlearnlib.measures.attacks import calibrated, true_positive_rate
+from unlearnlib.losses import (
+    batched,
+    counted_passes,
+    log_probabilities,
+    logits,
+    mean_loss,
+    sequence_losses,
+    token_losses,
+)
+from unlearnlib.measures.attacks import (
+    calibrated,
+    lira,
+    normal_auc,
+    normal_rate,
+    rate_interval,
+    true_positive_rate,
+)
 from unlearnlib.measures.evaluation import (
     Reading,
     auc_error,
@@ -20,6 +35,7 @@ from unlearnlib.measures.exposure import (
     text_losses,
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
+from unlearnlib.measures.prompts import second_half_losses, tampered
 from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
@@ -30,11 +46,13 @@ __all__ = [
     "calibrated",
     "candidates",
     "continuations",
+    "counted_passes",
     "expected_exposure",
     "exposure_bits",
     "extraction_likelihood",
     "fall",
     "largest_exposure",
+    "lira",
     "log_probabilities",
     "logits",
     "loss_correlation",
@@ -44,11 +62,16 @@ __all__ = [
     "membership_auc",
     "min_k_scores",
     "net_fall",
+    "normal_auc",
+    "normal_rate",
     "probe",
+    "rate_interval",
     "read",
     "relearning_curve",
     "rounded",
+    "second_half_losses",
     "sequence_losses",
+    "tampered",
     "text_losses",
     "token_losses",
     "true_positive_rate",

@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Target:
-    """An estimate of the retrained model's forget loss, and its standard error, both in nats.
+    """The retrained model's forget loss or an estimate of it, and then its standard error, both in nats.
 
     The error is of sampling only: as if all sequences were independent. Of what a retraining from other initial
     weights would change, or of the data that the retrained model has less, it says nothing.
     """
 
     loss: float
-    error: float
+    error: float | None = None
 
 
 def holdout_target(holdout: Tensor, number: int) -> Target:

@@ -24,14 +24,18 @@ MOST = 12
 Knobs = Mapping[str, Sequence[float]]
 """By name of a knob, the values to begin with: positive, ascending, each the same multiple of the one before."""
 
+Worth = tuple[bool, float]
+"""What a setting is worth, the smaller the better: whether it misses the target, and a loss."""
+
 
 @dataclass(frozen=True)
 class Choice:
     """The setting that was chosen, and all that were tried.
 
     ``setting`` has a value for each knob. ``table`` has a row for each setting in the order of trial: a column a
-    knob, then ``validation_loss`` and ``forget_loss`` in nats, ``strength``, ``reached``, and the ``plain_passes``
-    that the trial took. ``at_edge`` are the knobs of which no larger, or no smaller, value was tried.
+    knob, then what the trial tells (:func:`choose`: ``validation_loss`` and ``forget_loss`` in nats, ``strength``
+    and ``reached``), and the ``plain_passes`` that it took. ``at_edge`` are the knobs of which no larger, or no
+    smaller, value was tried.
     """
 
     setting: dict[str, float]
@@ -58,11 +62,31 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
     """Choose a method's setting by the loss on ``validation`` [n, tokens] at the forget loss ``target`` in nats.
 
     ``path(**setting)`` is the path of the method with a value for each knob; a model that it shares with others
-    stands where it started when it is called. The search begins in the middle of every grid and goes along one
-    knob after the other, each time to the best value. A grid whose best value lies at its edge is continued
-    there by the same ratio. It ends when no knob moves, or when ``most`` settings have been tried. A setting
-    that does not reach the target is worse than any that does; of two such, the one that comes closer is better.
-    A method without knobs is tried once.
+    stands where it started when it is called. The search is :func:`search`. A setting that does not reach the
+    target is worse than any that does; of two such, the one that comes closer is better.
+
+    Raises ValueError as :func:`search`.
+    """
+
+    def trial(**setting: float) -> tuple[Worth, dict[str, Any]]:
+        way = path(**setting)
+        match = way.to(target)
+        loss = mean_loss(way.model, validation)
+        set_weights(way.model, way.start)
+        row = {"validation_loss": loss, "forget_loss": match.loss, "strength": match.strength}
+        off = loss if match.reached else abs(match.loss - target)
+        return (not match.reached, off), row | {"reached": match.reached}
+
+    return search(knobs, trial, most)
+
+
+def search(knobs: Knobs, trial: Callable[..., tuple[Worth, dict[str, Any]]], most: int = MOST) -> Choice:
+    """Find the setting that is worth the most in trials, of which each returns a worth and a row of the table.
+
+    The search begins in the middle of every grid and goes along one knob after the other, each time to the best
+    value. A grid whose best value lies at its edge is continued there by the same ratio. It ends when no knob
+    moves, or when ``most`` settings have been tried. A method without knobs is tried once. To a row are added
+    the setting in front and at the end the ``plain_passes`` that the trial took.
 
     Raises ValueError for a grid that is no geometric sequence of three positive values or more, or if ``most`` is
     too small for the grids.
@@ -73,23 +97,19 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
         raise ValueError(f"{most} settings are too few for these grids: allow {needed} or more")
     grids = {name: list(grid) for name, grid in knobs.items()}
     best = {name: grid[len(grid) // 2] for name, grid in grids.items()}
-    tried: dict[tuple[float, ...], dict[str, Any]] = {}
+    tried: dict[tuple[float, ...], Worth] = {}
+    rows = []
 
-    def worth(setting: dict[str, float]) -> tuple[bool, float]:
+    def worth(setting: dict[str, float]) -> Worth:
         """The smaller the better; a setting is tried once."""
         key = tuple(setting.values())
         if key not in tried:
             with counted_passes() as passes:
-                way = path(**setting)
-                match = way.to(target)
-            loss = mean_loss(way.model, validation)
-            set_weights(way.model, way.start)
-            row = {"validation_loss": loss, "forget_loss": match.loss, "strength": match.strength}
-            tried[key] = setting | row | {"reached": match.reached, "plain_passes": passes.plain}
+                (missed, off), row = trial(**setting)
+            tried[key] = missed, off if math.isfinite(off) else math.inf
+            rows.append(setting | row | {"plain_passes": passes.plain})
             bar.update()
-        row = tried[key]
-        off = row["validation_loss"] if row["reached"] else abs(row["forget_loss"] - target)
-        return not row["reached"], off if math.isfinite(off) else math.inf
+        return tried[key]
 
     def along(name: str) -> float:
         """The best value of one knob, the others being as they are."""
@@ -125,7 +145,7 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
             for value in _neighbours(grids[name], best[name], ratios[name])
         )
     )
-    return Choice(best, pd.DataFrame(list(tried.values())), at_edge)
+    return Choice(best, pd.DataFrame(rows), at_edge)
 
 
 def _neighbours(grid: Sequence[float], value: float, ratio: float) -> tuple[float, float]:

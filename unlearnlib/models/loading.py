@@ -262,7 +262,7 @@ def small_llama(
 def small_gpt_neox(
     vocabulary: int, hidden_size: int = 128, layers: int = 4, heads: int = 4, context: int = 128
 ) -> dict[str, Any]:
-    """Configuration of a small GPT-NeoX, the architecture of Pythia (Biderman et al. 2023): untied head, no dropout.
+    """Configuration of a small GPT-NeoX, as Pythia (Biderman et al. 2023): untied head, no dropout.
 
     Attention and feed-forward part read the same input, side by side. Positions turn half of each head's entries.
     """

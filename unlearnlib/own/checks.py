@@ -18,6 +18,7 @@ from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE
 from unlearnlib.own.report import PROBED
 from unlearnlib.own.request import Request
+from unlearnlib.own.targets import FEWEST
 from unlearnlib.own.texts import Material, read_material
 
 load = functools.partial(loading.load_model, use_safetensors=True)
@@ -35,6 +36,11 @@ def check_request(request: Request, device: torch.device) -> tuple[Material, int
     material = read_material(tokenizer, request.files, request.secrets, request.length)
     needed = needed_bytes(request, model, len(material.estimation))
     check_room(request, model, needed, device)
+    if request.strength == "estimate" and len(material.holdout) < FEWEST:
+        raise ValueError(
+            f"{Path(request.holdout_file).name} makes {len(material.holdout)} sequences, and an estimate of the "
+            f"target needs {FEWEST}: give more texts that the model has never seen, or a smaller length"
+        )
     return material, needed
 
 
@@ -117,16 +123,16 @@ def _adapted(source: str | Path) -> ValueError:
 
 def check_model(request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check outlines of the model and of the reference against the request. Raises ValueError."""
-    entries = _entries(tokenizer)
-    if entries > _rows(model):
+    number = entries(tokenizer)
+    if number > _rows(model):
         raise ValueError(
-            f"the tokenizer of {request.model} has {entries} entries, the model's table {_rows(model)} "
+            f"the tokenizer of {request.model} has {number} entries, the model's table {_rows(model)} "
             "rows: they do not belong together"
         )
     outlines = {"model": model}
     if request.reference is not None:
         other, outlines["reference"] = load_tokenizer(request.reference), outline(request.reference)
-        if other.get_vocab() != tokenizer.get_vocab() or entries > _rows(outlines["reference"]):
+        if other.get_vocab() != tokenizer.get_vocab() or number > _rows(outlines["reference"]):
             raise ValueError(
                 f"the reference {request.reference} has another vocabulary than the model: they cannot be compared"
             )
@@ -161,21 +167,21 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     factors = sum(a * a + b * b for a, b in inner) + width**2
     # Kept during the pass, of the probe with its five copies of the weights at least; kept in the search.
     passing, search = 5 * d + max(probe, batch), 5 * d
-    if request.method in ("kfac", "ekfac", "fisher_forgetting"):
-        passing, search = 5 * d + max(probe, batch + factors), 8 * d + 2 * factors
+    if request.method in ("kfac", "kfac:difference", "ekfac", "fisher_forgetting"):
+        passing, search = 6 * d + max(probe, batch + factors), 9 * d + 2 * factors
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)
-        passing, search = passing + min(at_a_time * largest, max(GRADIENT_BYTES // 4, largest)), 6 * d
+        passing, search = passing + d + min(at_a_time * largest, max(GRADIENT_BYTES // 4, largest)), 7 * d
     elif request.method == "fisher_dual":  # all sequences at once, but of the blocks only one
         blocks = model.config.get_text_config().num_hidden_layers
         held = estimation * tokens * (blocks * width + 2 * sum(map(sum, inner)) / blocks)
         least = 0
         with contextlib.suppress(NotImplementedError):  # such a layer is for the rehearsal to refuse
             least = least_numbers(model, find_layers(model), estimation, tokens)
-        passing, search = max(passing, 6 * d + max(2**24, 2 * least) + held), 8 * d
+        passing, search = max(passing, 7 * d + max(2**24, 2 * least) + held), 9 * d
     elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
         step = 2 * BATCH_SIZE * tokens * token
-        passing, search = max(passing, 6 * d + step), 8 * d
+        passing, search = max(passing, 7 * d + step), 9 * d  # and the weights to which each trial returns
     return int(4 * max(passing, search + at_a_time * tokens * 4 * vocabulary))
 
 
@@ -201,7 +207,7 @@ def check_room(request: Request, model: PreTrainedModel, needed: int, device: to
         )
 
 
-def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many rows a table needs for the tokenizer's numbers, of which some may be left out."""
     return max(tokenizer.get_vocab().values()) + 1
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -27,13 +28,14 @@ from unlearnlib.methods import (
     removal_direction,
     with_retain,
 )
+from unlearnlib.methods.tuning import Knobs
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
 
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
-MOST_STEPS = 500
+MOST_STEPS = 200
 """Where gradient difference gives up."""
 BATCH_SIZE = 32
 """Sequences of each kind in a step of gradient difference."""
@@ -118,7 +120,9 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
     return build(model, sequences, seed=request.seed)
 
 
-def _chosen(knobs, path, model, material: Material, goal: float) -> tuple[dict[str, float], Choice | None]:
+def _chosen(
+    knobs: Knobs, path: Callable[..., Path], model: PreTrainedModel, material: Material, goal: float
+) -> tuple[dict[str, float], Choice | None]:
     """The setting by :func:`unlearnlib.methods.choose`; that of the grids' middles if there is nothing to do."""
     if mean_loss(model, material.forget) >= goal - TOLERANCE:
         return {name: grid[len(grid) // 2] for name, grid in knobs.items()}, None

@@ -28,9 +28,9 @@ class Material:
     """What a request asks for, as token sequences [n, tokens], and what was noticed in reading it.
 
     ``holdout`` is None where there is none. ``forget`` has the sequences of the request and after them those of
-    earlier requests that are named with it; ``sets`` are their numbers, by file. Of each secret, ``secrets`` has three texts: what is before it in the
-    forget file up to a white space, what stands between that and the secret, and the secret. ``hashes`` are the
-    SHA-256 of the files' bytes as they were read, by what is in them.
+    earlier requests that are named with it; ``sets`` are their numbers, by file. Of each secret, ``secrets`` has
+    three texts: what is before it in the forget file up to a white space, what stands between that and the secret,
+    and the secret. ``hashes`` are the SHA-256 of the files' bytes as they were read, by what is in them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -172,8 +172,9 @@ def _passage_warnings(asked: list[_Part], parts: dict[str, _Part]) -> list[str]:
     numbers = {
         split: sum(_shared_passages(part, parts[split]) for part in asked) for split in fates if split in parts
     }
+    total = sum(len(part.documents) for part in asked)
     return [
-        f"{number} of {sum(len(part.documents) for part in asked)} texts to be forgotten have {PASSAGE} tokens in a row or "
+        f"{number} of {total} texts to be forgotten have {PASSAGE} tokens in a row or "
         f"more, or all where they have fewer, in common with {fates[split]}"
         for split, number in numbers.items()
         if number

@@ -16,6 +16,10 @@ NOTICEABLE = 0.1
 """Nats of damage, or of relearning, from which on the report warns."""
 DOUBT = 1.96
 """Standard errors within which chance may explain a difference."""
+LEVEL = 0.05
+"""Below this probability the report does not take the attack text by text for chance."""
+NOTICED = 0.6
+"""The AUC of a membership attack that should be noticed."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Evidence:
 
     method: str
     sequences: dict[str, int]
+    sets: list[dict[str, Any]]
     result: dict[str, Any]
     before: dict[str, Any]
     after: dict[str, Any]
@@ -45,7 +50,7 @@ def evidence_of(report: dict[str, Any]) -> Evidence:
     """What a report holds for the rules."""
     asked, measured = report["request"], report["measures"]
     models = (measured.get(name) for name in ("before", "after", "reference"))
-    return Evidence(asked["method"], asked["sequences"], report["result"], *models)
+    return Evidence(asked["method"], asked["sequences"], report["sets"], report["result"], *models)
 
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
@@ -90,11 +95,58 @@ def moved_by_rounding(e: Evidence) -> Iterator[str]:
         )
 
 
-def damping_at_an_end(e: Evidence) -> Iterator[str]:
-    """A better λ may lie beyond the grid."""
-    sweep = e.result["validation_loss_by_damping"]
-    if sweep and e.result["damping"] in (min(sweep), max(sweep)):
-        yield f"the best λ, {e.result['damping']:g}, is at an end of the grid that was tried"
+def setting_at_an_end(e: Evidence) -> Iterator[str]:
+    """A better setting may lie beyond what was tried."""
+    for name in e.result["at_edge"]:
+        yield f"the best {name.replace('_', ' ')}, {e.result['setting'][name]:g}, is at an end of what was tried"
+
+
+def target_estimated(e: Evidence) -> Iterator[str]:
+    """The target is not known better than the way that is left to go."""
+    error, way = e.result["target_error"], (e.result["target_loss"] or 0.0) - e.before["forget_loss"]
+    if error is not None and not e.at_target and DOUBT * error > way / 2:
+        yield (
+            f"the target, {way:.2f} nats above where the model was, is an estimate with a standard error of "
+            f"{error:.2f}: how much there was to forget is hardly known. Give more holdout texts, or a reference"
+        )
+
+
+def target_unlike_estimate(e: Evidence) -> Iterator[str]:
+    """A target that was given, or is a reference's, is not what the holdout texts suggest."""
+    estimate, target = e.result["estimated_target"], e.result["target_loss"]
+    if estimate is None or target is None or e.result["target_from"] == "estimate":
+        return
+    off = target - estimate["loss"]
+    if abs(off) > NOTICEABLE + DOUBT * estimate["error"]:
+        yield (
+            f"the target is {abs(off):.2f} nats {'above' if off > 0 else 'below'} what the holdout texts "
+            f"suggest, {estimate['loss']:.2f} give or take {estimate['error']:.2f}: either they are of another "
+            "kind, or the target is wrong"
+        )
+
+
+def set_apart(e: Evidence) -> Iterator[str]:
+    """Of several sets together at their target, one is not at its own."""
+    for one in e.sets if len(e.sets) > 1 else []:
+        if one["target"] is None:
+            continue
+        off = one["after"] - one["target"]
+        side = "above" if off > 0 else "below"
+        if abs(off) > NOTICEABLE + DOUBT * (one["target_error"] or 0.0):
+            yield (
+                f"the texts of {one['name']} ended {abs(off):.2f} nats {side} their own target: the sets together "
+                "are at theirs, this one is not"
+            )
+
+
+def not_at_a_minimum(e: Evidence) -> Iterator[str]:
+    """To first order the step goes up the loss on what stays, which it would not from a minimum."""
+    slope = e.result["slope"]
+    if slope is not None and e.method != "kfac:difference" and slope > NOTICEABLE:
+        yield (
+            f"of the damage to what stays, {slope:.2f} nats are of first order: the model was not at a minimum of "
+            "that loss. The method kfac:difference allows for it"
+        )
 
 
 def few_sequences(e: Evidence) -> Iterator[str]:
@@ -126,10 +178,18 @@ def no_holdout(e: Evidence) -> Iterator[str]:
 
 
 def membership_uncertain(e: Evidence) -> Iterator[str]:
-    """The interval of the AUC is wide."""
-    margin = DOUBT * (e.after["membership_auc_error"] or 0.0)
-    if margin > 0.05:
-        yield f"with so few sequences the membership AUC is known to ±{margin:.2f} only"
+    """An attack that works could well have gone unnoticed."""
+    power = e.result["power"]
+    if power is None:
+        return
+    smallest = power["detectable_auc"]
+    if smallest is None:
+        yield "with so few sequences no membership attack could have been noticed: that none was says nothing"
+    elif smallest > NOTICED:
+        yield (
+            f"with so few sequences a membership attack with an AUC below {smallest:.2f} is noticed less often "
+            "than four times in five: that none was found says little"
+        )
 
 
 def never_told_apart(e: Evidence) -> Iterator[str]:
@@ -158,6 +218,14 @@ def attack_tells_the_texts(e: Evidence) -> Iterator[str]:
             yield f"a membership attack by {attack} still finds the texts: {values}"
         if auc < goal - allowed:
             yield f"the texts are too unlikely now, which gives them away to an attack by {attack}: {values}"
+    paired = e.after["membership_auc_paired"]
+    if paired is not None and e.after["membership_p_paired"] <= LEVEL:
+        what = "the reference's loss" if e.reference else "what its difficulty lets one expect"
+        side = "finds the texts" if paired > 0.5 else "finds the texts by too high losses"
+        yield (
+            f"an attack that compares each text's loss with {what} {side}: AUC {paired:.2f}, by chance "
+            f"{e.after['membership_p_paired']:.1%}"
+        )
 
 
 def damage(e: Evidence) -> Iterator[str]:
@@ -207,7 +275,11 @@ RULES = (
     nothing_changed,
     target_not_reached,
     moved_by_rounding,
-    damping_at_an_end,
+    setting_at_an_end,
+    target_estimated,
+    target_unlike_estimate,
+    set_apart,
+    not_at_a_minimum,
     few_sequences,
     no_reference,
     reference_knows_the_texts,
