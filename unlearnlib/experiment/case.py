@@ -133,9 +133,7 @@ def shared_documents(profile: Profile) -> float:
     return sum(shares) / len(shares)
 
 
-def _splits(
-    profile: Profile, corpus: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Splits:
+def _splits(profile: Profile, corpus: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:
     sizes = {name: getattr(profile, name) for name in ("length", "forget", "retain", "holdout")}
     return make_splits(corpus, tokenizer, **sizes, seed=seed)
 

@@ -35,7 +35,7 @@ from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snaps
 
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
-MOST_STEPS = 500
+MOST_STEPS = 200
 """Where gradient difference gives up."""
 BATCH_SIZE = 32
 """Sequences of each kind in a step of gradient difference."""
