@@ -45,7 +45,7 @@ PRIVATE = {
     "retain": 448,
     "holdout": 256,
     "epsilons": (1, 8, 100, 2000),
-    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (16, 32, 64)},
+    "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2), "batch_size": (16, 32, 64)},
     "most": 8,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
@@ -363,7 +363,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "corpora": "reuters",
             "epsilons": (1, 100, 2000),
-            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
             "most": 5,
             "shorter": (1, 3, 5),
         },
