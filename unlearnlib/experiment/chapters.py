@@ -27,6 +27,7 @@ CASE_STUDIES = {
     "block_size": 64,
     "methods": (*FIRST_ORDER, "fisher_recursion", "fisher_diagonal", "kfac"),
     "most": 12,
+    "max_steps": 200,
 }
 SMALL_CASES = {
     "model": small_opt(1024, hidden_size=64, layers=2),
@@ -300,6 +301,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 6,
+            "max_steps": 100,
             "shares": (1.0,),
             "requests": (1, 32),
         },
@@ -312,6 +314,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -326,6 +329,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 16,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
