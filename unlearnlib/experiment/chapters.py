@@ -27,6 +27,7 @@ CASE_STUDIES = {
     "block_size": 64,
     "methods": (*FIRST_ORDER, "fisher_recursion", "fisher_diagonal", "kfac"),
     "most": 12,
+    "max_steps": 200,
 }
 SMALL_CASES = {
     "model": small_opt(1024, hidden_size=64, layers=2),
@@ -323,6 +324,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 6,
+            "max_steps": 100,
             "shares": (1.0,),
             "requests": (1, 32),
         },
@@ -335,6 +337,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -349,6 +352,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 16,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
