@@ -27,6 +27,7 @@ CASE_STUDIES = {
     "block_size": 64,
     "methods": (*FIRST_ORDER, "fisher_recursion", "fisher_diagonal", "kfac"),
     "most": 12,
+    "max_steps": 200,
 }
 SMALL_CASES = {
     "model": small_opt(1024, hidden_size=64, layers=2),
@@ -45,7 +46,7 @@ PRIVATE = {
     "retain": 448,
     "holdout": 256,
     "epsilons": (1, 8, 100, 2000),
-    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (16, 32, 64)},
+    "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2), "batch_size": (16, 32, 64)},
     "most": 8,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
@@ -323,6 +324,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 6,
+            "max_steps": 100,
             "shares": (1.0,),
             "requests": (1, 32),
         },
@@ -335,6 +337,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -349,6 +352,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 16,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -363,7 +367,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "corpora": "reuters",
             "epsilons": (1, 100, 2000),
-            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
             "most": 5,
             "shorter": (1, 3, 5),
         },
