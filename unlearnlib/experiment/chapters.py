@@ -54,6 +54,10 @@ PRIVATE = {
 
 # Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
 SERIES = {"size": 16, "opening": 3, "most": 12}
+# Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
+# half is replaced.
+ATTACKED = {"shadows": 16, "factors": (0.25, 1.0, 4.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
+
 # "most" settings of a method are tried, for each of the architectures "most_each".
 FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
 
@@ -134,6 +138,20 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "cpu": {"steps": 200, "tried": 12},
         "gpu": {"steps": 200, "tried": 12},
+    },
+    "erased_or_hidden": {
+        "quick": ATTACKED
+        | {
+            "model": small_opt(1024, hidden_size=64, layers=2),
+            "retain": 256,
+            "holdout": 128,
+            "relearning_steps": 10,
+            "seeds": 1,
+            "most": 6,
+            "m_factors": 128,
+        },
+        "cpu": ATTACKED | {"seeds": 3, "most": 12, "m_factors": 840},
+        "gpu": ATTACKED | {"seeds": 1, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
         "quick": {
@@ -328,6 +346,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "corpora": "reuters,tales,socialiqa,maths",
             "seeds": 5,
+            "relearning_steps": 15,
             "m": 512,
             "m_recursion": 256,
             "block_size": 64,

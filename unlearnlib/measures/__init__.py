@@ -9,7 +9,14 @@ from unlearnlib.losses import (
     sequence_losses,
     token_losses,
 )
-from unlearnlib.measures.attacks import calibrated, true_positive_rate
+from unlearnlib.measures.attacks import (
+    calibrated,
+    lira,
+    normal_auc,
+    normal_rate,
+    rate_interval,
+    true_positive_rate,
+)
 from unlearnlib.measures.evaluation import (
     Reading,
     auc_error,
@@ -28,6 +35,7 @@ from unlearnlib.measures.exposure import (
     text_losses,
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
+from unlearnlib.measures.prompts import second_half_losses, tampered
 from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
@@ -44,6 +52,7 @@ __all__ = [
     "extraction_likelihood",
     "fall",
     "largest_exposure",
+    "lira",
     "log_probabilities",
     "logits",
     "loss_correlation",
@@ -53,11 +62,16 @@ __all__ = [
     "membership_auc",
     "min_k_scores",
     "net_fall",
+    "normal_auc",
+    "normal_rate",
     "probe",
+    "rate_interval",
     "read",
     "relearning_curve",
     "rounded",
+    "second_half_losses",
     "sequence_losses",
+    "tampered",
     "text_losses",
     "token_losses",
     "true_positive_rate",

@@ -218,5 +218,6 @@ ACRONYMS = {
     "npo": "NPO",
     "simnpo": "SimNPO",
     "rmu": "RMU",
+    "soul": "SOUL",
     "dp_sgd": "DP-SGD",
 }
