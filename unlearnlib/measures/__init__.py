@@ -28,17 +28,20 @@ from unlearnlib.measures.exposure import (
     text_losses,
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
+from unlearnlib.measures.power import attack_power, detectable_auc, rank_test
 from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
 __all__ = [
     "Reading",
+    "attack_power",
     "auc_error",
     "batched",
     "calibrated",
     "candidates",
     "continuations",
     "counted_passes",
+    "detectable_auc",
     "expected_exposure",
     "exposure_bits",
     "extraction_likelihood",
@@ -54,6 +57,7 @@ __all__ = [
     "min_k_scores",
     "net_fall",
     "probe",
+    "rank_test",
     "read",
     "relearning_curve",
     "rounded",
