@@ -1,7 +1,6 @@
 import itertools
 import math
 
-import pandas as pd
 import pytest
 import torch
 from helpers import random_sequences, tiny_model
@@ -244,15 +243,3 @@ def test_settings_may_be_of_any_kind_and_paths_may_walk():
 
     table = matching.sweep([(0.2, 50), (1e-6, 1)], path, validation, target)
     assert table["reached"].tolist() == [True, False]
-    assert matching.best_setting(table) == (0.2, 50)
-
-
-def test_a_setting_that_misses_the_target_is_never_the_best():
-    table = pd.DataFrame(
-        {"setting": [1.0, 2.0, 3.0], "validation_loss": [4.0, 3.0, 2.0], "reached": [True, True, False]}
-    )
-    best = matching.best_setting(table)
-    assert best == 2.0
-    assert type(best) is float
-    with pytest.raises(ValueError, match="widen the grid"):
-        matching.best_setting(table.assign(reached=False))
