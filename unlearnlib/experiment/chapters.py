@@ -57,7 +57,7 @@ PRIVATE = {
 SERIES = {"size": 16, "opening": 3, "most": 12}
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
-ATTACKED = {"shadows": 16, "factors": (0.25, 1.0, 4.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
+ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
 
 # "most" settings of a method are tried, for each of the architectures "most_each".
 FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
@@ -155,11 +155,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "holdout": 128,
             "relearning_steps": 10,
             "seeds": 1,
+            "steps": 40,
             "most": 6,
             "m_factors": 128,
         },
-        "cpu": ATTACKED | {"seeds": 3, "most": 12, "m_factors": 840},
-        "gpu": ATTACKED | {"seeds": 1, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
+        "cpu": ATTACKED | {"seeds": 3, "steps": 200, "most": 12, "m_factors": 840},
+        "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
         "quick": {
