@@ -408,7 +408,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
     },
     "repeated_requests": {
-        "quick": SERIES | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 6},
+        "quick": SERIES | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
         "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
     },
