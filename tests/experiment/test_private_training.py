@@ -6,9 +6,11 @@ import torch
 
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment import chapters, private_training, profiles
+from unlearnlib.experiment.contenders import contenders_on
+from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods import dp_sgd, matching
+from unlearnlib.methods import dp_sgd, matching, tuning
 from unlearnlib.methods.privacy import Privacy
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
@@ -91,39 +93,46 @@ def test_training_that_is_cut_short_has_learnt_less(case):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_rate_is_chosen_on_sequences_that_were_not_trained_on(case, monkeypatch):
+def test_the_training_is_chosen_on_sequences_that_were_not_trained_on(case, monkeypatch):
     short = dataclasses.replace(
         case, profile=dataclasses.replace(PROFILE, training=Training(epochs=2, batch_size=8))
     )
-    rates, trained = (1e-5, 1e-2), []
+    trained = []
     load = dp_sgd.load_private
     monkeypatch.setattr(private_training, "load_private", lambda run: trained.append(run) or load(run))
-    assert private_training.best_rate(short, PRIVACY, rates) == 1e-2
-    assert [run.training.learning_rate for run in trained] == list(rates)
-    for run in trained:
-        assert torch.equal(run.sequences, torch.cat([case.splits.forget, case.estimation]))
-    assert private_training.best_rate(short, PRIVACY, (0.3,)) == 0.3
-    assert len(trained) == 2
+    knobs = {"learning_rate": (1e-5, 1e-3, 1e-1), "batch_size": (4, 8, 16)}
+    choice = private_training.choose_training(short, PRIVACY, knobs, most=6)
+    assert choice.tried == len(trained) >= 5
+    seen = torch.cat([case.splits.forget, case.estimation])
+    assert all(torch.equal(run.sequences, seen) for run in trained)
+    losses = [mean_loss(load(run), case.validation) for run in trained]
+    best = trained[losses.index(min(losses))].training
+    assert choice.setting == {"learning_rate": best.learning_rate, "batch_size": best.batch_size}
+    assert choice.table["validation_loss"].tolist() == losses
+
+
+def test_a_batch_is_no_larger_than_what_there_is_to_draw_from(case):
+    run = case.private_run(PRIVACY, 0.5, batch_size=1e9, epochs=2.4)
+    assert (run.training.batch_size, run.rate, run.training.epochs) == (len(case.splits.train), 1.0, 2)
+
+
+def test_reference_models_have_seen_the_planted_retain_sequences_only(case, monkeypatch):
+    runs = []
+    monkeypatch.setattr(one_case, "load_trained", lambda run, device=None: runs.append(run))
+    assert len(list(case.references())) == PROFILE.references
+    assert all(torch.equal(run.sequences, case.splits.retain) for run in runs)
+    assert {run.seed for run in runs}.isdisjoint(run.seed for run in case.runs().values())
 
 
 def test_unlearning_ends_at_the_retrained_models_forget_loss(case, report):
-    damping = private_training.best_damping(report, (1e-3, 1e-2))
-    assert damping in (1e-3, 1e-2)
-    ends = {}
-    seconds = private_training.unlearn(
-        report, damping, lambda method, model: ends.update({method: mean_loss(model, case.splits.forget)})
-    )
-    assert ends.keys() == {"kfac", "gradient_ascent"}
-    assert min(seconds) > 0
-    for loss in ends.values():
-        assert loss == pytest.approx(report.target, abs=1.01 * matching.TOLERANCE)
-
-
-def test_what_cannot_be_unlearned_is_an_error(case):
-    unreachable = Report(case, case.retrained())
-    unreachable.target = 0.0  # below the loss at the start, to which no step of ascent leads
-    with pytest.raises(ValueError, match="kfac and gradient_ascent did not reach"):
-        private_training.unlearn(unreachable, 1e-2, lambda method, model: None)
+    found = contenders_on(case, curvature_builders(case.estimation))
+    for method, setting in {"kfac": {"damping": 1e-2}, "gradient_ascent": {}}.items():
+        private_training.unlearn(report, method, found[method], setting)
+        values = {row["metric"]: row["value"] for row in report.rows if row["method"] == method}
+        assert values["reached"] == 1
+        assert values["forget_loss"] == pytest.approx(report.target, abs=1.01 * matching.TOLERANCE)
+        assert 0 <= values["exposure_bits"] <= math.log2(private_training.RANKED)
+        assert report.costs[method].seconds > 0
 
 
 def test_an_epoch_takes_time_either_way(case):
@@ -140,3 +149,6 @@ def test_the_chapter_takes_other_seeds_where_one_cannot_be_used():
     for profile in profiles.PROFILES:
         settings, _ = chapters.chapter("dp_sgd", profile)
         assert settings.length <= settings.model["max_position_embeddings"]
+        _, sizes = chapters.chapter("dp_sgd", profile)
+        trial = tuning.search(sizes.knobs, lambda **_: ((False, 0.0), {}), sizes.most)
+        assert trial.tried <= sizes.most  # its grids are such as the search takes

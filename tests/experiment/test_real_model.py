@@ -18,10 +18,15 @@ from unlearnlib.texts import corpora
 ROWS = [{"text": f"{i} ships with {i % 7} masts each; how many masts, on day {i % 4}?"} for i in range(20, 420)]
 OTHER = ["Bread is dear.", "The mill has no wind.", "Nobody answered the door all winter.", "Salt keeps."]
 # A quick profile has neither all methods nor the measures that take long: here everything is small instead.
-ALL = chapters.chapter("real_model", "cpu")[1].methods
-DAMPINGS = {"fisher_diagonal:expected": (1e-3,), "kfac": (1e-4, 1e-2), "fisher_dual": (1e-2,)}
+ALL = chapters.chapter("real_model", "gpu")[1].methods
+KNOBS = {
+    "fisher_diagonal:expected": {"damping": (1e-4, 1e-3, 1e-2)},
+    "kfac": {"damping": (1e-4, 1e-3, 1e-2)},
+    "fisher_dual": {"damping": (1e-3, 1e-2, 1e-1)},
+    "gradient_difference": {"learning_rate": (1e-3, 3e-3, 9e-3), "retain_weight": (0.5, 1.0, 2.0)},
+}
 SIZES = {"m_factors": 10, "m_dual": 6}
-STEPS, RATE = 2, 3e-3
+STEPS = 2
 PROFILE = dataclasses.replace(
     profiles.PROFILES["quick"],
     corpus="toy",
@@ -66,9 +71,9 @@ def first(cases):
     unlearner = real_model.Unlearner(
         report_of(case, rounding=True, extraction=7), real_model.builders(case, **SIZES)
     )
-    tables = {method: unlearner.sweep(method, grid) for method, grid in DAMPINGS.items()}
-    unlearner.chosen["kfac:damped"] = 1e-1
-    unlearner.run(ALL, STEPS, RATE, keep=("gradient_ascent", "kfac", "kfac:damped"))
+    tables = {method: unlearner.choose(method, knobs, 5) for method, knobs in KNOBS.items()}
+    unlearner.chosen["kfac:damped"] = {"damping": 10 * unlearner.chosen["kfac"]["damping"]}
+    unlearner.run(ALL, STEPS, keep=("gradient_ascent", "kfac", "kfac:damped"))
     return unlearner, tables
 
 
@@ -120,14 +125,14 @@ def test_formats_are_compared_with_what_32_bits_give(cases):
     assert cosines.iloc[2] < cosines.iloc[1] < 1
 
 
-def test_sweeps_choose_and_keep_the_step_of_the_best(first, cases):
+def test_the_best_setting_is_chosen_and_its_step_kept(first, cases):
     unlearner, tables = first
-    for method, grid in DAMPINGS.items():
-        table = tables[method]
-        assert table["setting"].tolist() == list(grid)
-        reached = table[table["reached"]]
-        assert unlearner.chosen[method] == reached["setting"][reached["excess"].idxmin()]
-    direction = unlearner.factors.solve(unlearner.forget_gradient, unlearner.chosen["kfac"])
+    for method, table in tables.items():
+        best = table[table["reached"]].sort_values("excess").iloc[0]
+        assert unlearner.chosen[method] == {name: best[name] for name in KNOBS[method]}
+        above = best["validation_loss"] - loss(unlearner.report.retrained, cases[0].validation).item()
+        assert best["excess"] == pytest.approx(above, abs=1e-5)
+    direction = unlearner.factors.solve(unlearner.forget_gradient, unlearner.chosen["kfac"]["damping"])
     assert torch.equal(row(unlearner.direction("kfac")), row(direction))
     model = cases[0].original()
     gradient = torch.autograd.grad(loss(model, cases[0].splits.forget), list(weights.parameters(model).values()))
@@ -139,11 +144,20 @@ def test_all_methods_get_to_the_target(first):
     report = first[0].report
     assert list(report.matches) == list(ALL)
     for method, match in report.matches.items():
-        assert match.reached == (method != "finetuned"), method
-        assert (abs(match.loss - report.target) <= matching.TOLERANCE) == match.reached
+        assert match.reached, method
+        assert abs(match.loss - report.target) <= matching.TOLERANCE
         assert values_of(report, method)["strength"] == match.strength
         assert {"forget_loss_4bit", "extraction_el10", "relearned_nats"} <= values_of(report, method).keys()
-    assert report.matches["finetuned"].strength == 10
+
+
+def test_what_was_built_before_a_method_is_followed_counts(first):
+    unlearner, _ = first
+    forget, report = len(unlearner.case.splits.forget), unlearner.report
+    assert unlearner.spent["gradient_ascent"] == forget
+    assert unlearner.spent["kfac"] >= SIZES["m_factors"]
+    for method, built in (("gradient_ascent", 0.0), ("kfac", unlearner.spent["kfac"])):
+        searched = forget * (report.matches[method].evaluations) / 3
+        assert values_of(report, method)["plain_passes"] == pytest.approx(forget + built + searched)
 
 
 def test_the_deep_measures_are_those_of_the_model(first):
@@ -159,30 +173,23 @@ def test_variants_of_kfac_differ_in_what_they_say(first):
     unlearner, _ = first
     ends = {method: values_of(unlearner.report, method)["holdout_loss"] for method in ALL if "kfac" in method}
     assert len({round(value, 6) for value in ends.values()}) == 4  # best λ, damped, refreshed and held
-    held = unlearner.path("kfac:held", STEPS, RATE)
+    held = unlearner.path("kfac:held", STEPS)
     assert not held.refresh
     assert torch.equal(held.hold, unlearner.case.estimation)
-    refreshed = unlearner.path("kfac:refreshed", STEPS, RATE)
+    refreshed = unlearner.path("kfac:refreshed", STEPS)
     assert refreshed.refresh
     assert refreshed.hold is None
     assert refreshed.build(unlearner.model) is unlearner.factors  # for the first step
     assert refreshed.build(unlearner.model) is not unlearner.factors
 
 
-def test_noise_is_a_tenth_of_kfacs_step(first):
-    unlearner, _ = first
-    moved = row(unlearner.kept["kfac"]) - row(unlearner.start)
-    noise = row(unlearner.noisy_start()) - row(unlearner.start)
-    assert (noise.norm() / moved.norm()).item() == pytest.approx(real_model.NOISE_SHARE, rel=1e-3)
-
-
 def test_later_cases_take_what_the_first_has_chosen(first, cases):
     chosen = first[0].chosen
     other = real_model.Unlearner(report_of(cases[1]), real_model.builders(cases[1], **SIZES), chosen)
-    other.run(("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"), STEPS, RATE)
+    other.run(("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"), STEPS)
     assert all(match.reached for match in other.report.matches.values())
     assert other.kept == {}
-    step = other.factors.solve(other.forget_gradient, chosen["kfac:damped"])
+    step = other.factors.solve(other.forget_gradient, chosen["kfac:damped"]["damping"])
     assert torch.equal(row(other.direction("kfac:damped")), row(step))
     assert torch.equal(row(weights.snapshot(other.model)), row(other.start))
 

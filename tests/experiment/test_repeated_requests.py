@@ -244,6 +244,42 @@ def test_a_method_breaks_down_at_the_first_set_that_was_forgotten_before_it_was_
     assert repeated_requests.broken_down(pd.concat([table, other])).to_dict() == {("a", 0): 2, ("a", 1): 3}
 
 
+def test_reference_models_are_strangers_to_all_the_sets_and_to_one_another(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(repeated_requests, "load_trained", runs.append)
+    series = repeated_requests.Series(make_case(), number=3, size=3)
+    assert len(list(series.references())) == series.case.profile.references > 1
+    forgotten = {tuple(sequence.tolist()) for one in series.sets for sequence in one}
+    for run in runs:
+        assert forgotten.isdisjoint(tuple(sequence.tolist()) for sequence in run.sequences)
+        assert len(run.sequences) == 36 - 9
+    assert len({run.seed for run in runs} | {series.case.seed}) == len(runs) + 1
+
+
+def test_a_setting_is_chosen_by_the_loss_on_its_own_half_after_the_first_requests(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
+    series = repeated_requests.Series(make_case(), number=3, size=2)
+    grid = (2e-3, 1e-2, 5e-2)
+
+    def step(learning_rate):
+        return repeated_requests.difference_step(series.kept, learning_rate, 1.0, seed=0)
+
+    chosen = series.choose("gradient_difference", {"learning_rate": grid}, step, requests=2, most=3)
+    losses = {}
+    for rate in grid:
+        model = series.case.original()
+        for request, (forget, target) in enumerate(zip(series.sets[:2], series.targets[:2], strict=True), start=1):
+            step(rate)(model, forget, request).to(target)
+        losses[rate] = loss(model, series.choice).item()
+    table = series.choices["gradient_difference"].table
+    assert table["reached"].all()
+    assert dict(zip(table["learning_rate"], table["validation_loss"], strict=True)) == pytest.approx(losses)
+    assert chosen["learning_rate"] == min(losses, key=losses.get)
+    noted = {row["metric"]: row["value"] for row in series.rows}
+    assert (noted["settings_tried"], series.rows[0]["request"]) == (3, 0)
+    assert noted["choosing_passes"] > 0
+
+
 # The steps
 
 
@@ -260,7 +296,8 @@ def test_a_set_that_is_forgotten_already_is_left_alone(model, curvature, above):
     start, target = row(model), mean_loss(model, FORGET) - above
     steps = {
         "ascent": repeated_requests.ascent_step,
-        "difference": repeated_requests.difference_step(KEPT, 1e-2, 5, seed=0),
+        "difference": repeated_requests.difference_step(KEPT, 1e-2, 1.0, seed=0),
+        "batches": repeated_requests.batches_step(1e-2, seed=0),
         "fisher": repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True),
         "noise": repeated_requests.noise_step(curvature, DAMPING, seed=0),
     }
@@ -271,20 +308,55 @@ def test_a_set_that_is_forgotten_already_is_left_alone(model, curvature, above):
         assert torch.equal(row(model), start), name
 
 
-def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model):
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model, weight):
     target = target_above(model)
     twin = small_model()
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
-    match = repeated_requests.difference_step(KEPT, 1e-3, 100, seed=0)(model, FORGET, 1).to(target)
+    match = repeated_requests.difference_step(KEPT, 1e-3, weight, seed=0)(model, FORGET, 1).to(target)
     assert match.reached
     assert match.strength > 1
     for _ in range(math.ceil(match.strength)):  # all of FORGET and all of KEPT are one batch each
         before = row(twin)
         optimizer.zero_grad()
-        (loss(twin, KEPT) - loss(twin, FORGET)).backward()
+        (weight * loss(twin, KEPT) - loss(twin, FORGET)).backward()
         optimizer.step()
     share = match.strength - math.floor(match.strength) or 1.0
     torch.testing.assert_close(row(model), before + share * (row(twin) - before), rtol=1e-6, atol=1e-8)
+
+
+def test_a_batch_of_ascent_is_a_quarter_of_the_set(model):
+    start, at = row(model), mean_loss(model, FORGET)
+    gradients = [trained_gradient(model, one[None]) for one in FORGET]
+    repeated_requests.batches_step(1e-4, seed=0, most=1)(model, FORGET, 1).to(at + 10)
+    moved = row(model) - start
+    apart = [(moved / 1e-4 - gradient).norm() / gradient.norm() for gradient in gradients]
+    assert min(apart) < 1e-3
+    assert sorted(apart)[1] > 0.1
+
+
+def test_the_opening_serves_the_first_requests_in_turn_and_can_start_again(model):
+    sets = (FORGET, random_sequences(4, seed=7))
+    targets = (mean_loss(model, sets[0]) + 0.05, mean_loss(model, sets[1]) + 0.1)
+    opening = repeated_requests.Opening(model, repeated_requests.ascent_step, sets, (*targets, 99.0))
+    first = opening.to(targets[-1])
+    end, start = row(model), opening.start
+    weights.set_weights(model, start)
+    by_hand = [
+        repeated_requests.ascent_step(model, forget, 1).to(target)
+        for forget, target in zip(sets, targets, strict=True)
+    ]
+    assert torch.equal(row(model), end)
+    assert first.strength == sum(match.strength for match in by_hand)
+    assert first.reached
+    assert first.loss == by_hand[-1].loss
+    assert opening.to(targets[-1]) == first
+    assert torch.equal(row(model), end)
+    weights.set_weights(model, start)
+    short = repeated_requests.Opening(
+        model, repeated_requests.batches_step(1e-9, 0, most=1), sets, (targets[0], 0.0)
+    )
+    assert not short.to(0.0).reached  # the last set is past its target, the first has not come to its own
 
 
 def test_a_step_of_fisher_removal_is_the_solution_with_the_explicit_matrix(model, curvature):

@@ -1,7 +1,6 @@
 """Sentences and tables about tests that are made up here."""
 
 import pandas as pd
-import pytest
 
 from unlearnlib.verdicts import rules, wording
 from unlearnlib.verdicts.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
@@ -36,29 +35,27 @@ def test_a_list_tells_effect_and_side_and_note():
     assert "2 of 3 models" in wording.listed(rows_of([-0.1, 0.1, -0.1], claim="C4"))
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "text"),
-    [
-        ([], NOT_RUN),
-        ([REPRODUCED, REPRODUCED], REPRODUCED),
-        ([REPRODUCED, INCONCLUSIVE], f"{REPRODUCED} (by Student's interval {INCONCLUSIVE})"),
-    ],
-)
-def test_students_verdict_is_quoted_where_it_is_another(outcomes, text):
-    tests = pd.DataFrame([dict(zip(("verdict", "t_verdict"), outcomes, strict=True))] if outcomes else [])
-    assert wording.quoted(tests) == text
+def test_verdicts_of_tests_together_are_quoted():
+    assert wording.quoted(rows_of(WIN, WIN)) == REPRODUCED
+    assert wording.quoted(rows_of(WIN, DRAW)) == INCONCLUSIVE
+    assert wording.quoted(rows_of(WIN).iloc[:0]) == NOT_RUN
 
 
 def test_a_verdict_rests_on_what_is_against_it_or_missing_or_open_or_weakest():
     against = wording.why(rows_of(WIN, LOSS, DRAW))
     assert against.startswith("Deciding tests: 3, of which 1 came out against it (tales: fisher recursion")
     assert "+0.50" in against
-    missing = pd.DataFrame([row_of(WIN), rules.not_run("C1", "four_datasets"), row_of(DRAW)])
-    assert wording.why(missing) == "There are no reference results of: four_datasets."
+    notes = ("", "NPO was not run", "NPO was not run; K-FAC was not tuned by the rule")
+    missing = [rules.not_run("C1", "four_datasets", note=note) for note in notes]
+    assert wording.why(pd.DataFrame([row_of(WIN), *missing, row_of(DRAW)])) == (
+        "Deciding tests: 5; not run: 3, of "
+        "four_datasets (no results, NPO was not run, K-FAC was not tuned by the rule)."
+    )
+    assert wording.why(pd.DataFrame([row_of(WIN, decides=False)])) == "No test decides."
     assert "of which 1 decided nothing (tales" in wording.why(rows_of(WIN, DRAW))
-    weakest = wording.why(rows_of(WIN, [-0.1, -0.2, -0.1]))
+    weakest = wording.why(rows_of(WIN, [-0.2, -0.25, -0.2]))
     assert weakest.startswith("Deciding tests: 2, all on the claim's side; the weakest is tales")
-    assert "-0.13" in weakest
+    assert "-0.22" in weakest
     beside = wording.why(pd.DataFrame([row_of(WIN), row_of(LOSS, decides=False)]))
     assert beside.startswith("Deciding tests: 1, all")
 
@@ -76,25 +73,26 @@ def test_what_a_page_says_of_a_claim():
             row_of(WIN),
             row_of(DRAW, against=DIFFERENCE),
             row_of(LOSS, method=OURS, decides=False, note="missed"),
+            row_of(LOSS, method=OURS, corpus="maths", decides=False, note="missed"),
             row_of(WIN, method=DIFFERENCE, decides=False),
         ]
     )
     said = wording.in_words(tests)
     assert said["verdict"] == INCONCLUSIVE
-    assert said["t"] == f"{INCONCLUSIVE}. To be noted: tales: missed"
+    assert said["notes"] == " To be noted: tales, maths: missed."
     assert said["effect"].endswith("] nats (recursion − diff., tales)")
-    assert said["kfac"].startswith(NOT_REPRODUCED)
-    assert said["ascent"].startswith(REPRODUCED)
-    assert said["difference"].startswith(REPRODUCED)
+    assert said["kfac"] == NOT_REPRODUCED
+    assert said["difference"] == REPRODUCED
     assert said["why"] == wording.why(tests)
     nothing = wording.in_words(pd.DataFrame([rules.not_run("C1", "four_datasets", method=OWN, against=ASCENT)]))
     assert (nothing["verdict"], nothing["effect"], nothing["kfac"]) == (NOT_RUN, "–", NOT_RUN)
+    assert nothing["notes"] == ""
 
 
-def test_a_table_marks_what_does_not_decide_and_whose_the_opponent_is():
+def test_a_table_marks_what_does_not_decide():
     tests = pd.DataFrame([row_of(WIN), row_of(LOSS, against=DIFFERENCE, decides=False)])
     table = wording.table(tests)
-    assert table.index.tolist() == ["recursion − ascent", "recursion − diff. (ours)"]
+    assert table.index.tolist() == ["recursion − ascent", "recursion − diff."]
     assert table["verdict"].tolist() == [REPRODUCED, f"{NOT_REPRODUCED} *"]
     assert table["side"].tolist() == ["3/3", "0/3"]
     assert table["mean [95 %] (nats)"].iloc[0].startswith("-0.50 [-0.")

@@ -1,6 +1,6 @@
 """The experiments: profiles, cases of one seed, and the report that measures methods on them."""
 
-from unlearnlib.experiment.case import Case, make_cases, model_name
+from unlearnlib.experiment.case import Case, make_cases, model_name, shared_documents
 from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.comparison import choose_settings, follow_methods, measure_references
 from unlearnlib.experiment.contenders import Contender, contenders_on
@@ -9,6 +9,7 @@ from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
+from unlearnlib.experiment.shadows import Shadows
 from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Profile",
     "Report",
     "RequestCase",
+    "Shadows",
     "architectures",
     "chapter",
     "choose_settings",
@@ -33,6 +35,7 @@ __all__ = [
     "on_second_corpus",
     "requests_of_sizes",
     "results_table",
+    "shared_documents",
     "streaming_cost_of_smollm2",
     "sweeps_table",
 ]

@@ -1,5 +1,6 @@
 """One repetition of an experiment: the splits of a seed, and the models that belong to them."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,20 +110,32 @@ def make_cases(profile: Profile, change: Callable[[Case], Case] | None = None) -
     tokenizer = make_tokenizer(profile, corpus)
     cases = []
     for seed in profile.seeds:
-        splits = make_splits(
-            corpus,
-            tokenizer,
-            length=profile.length,
-            forget=profile.forget,
-            retain=profile.retain,
-            holdout=profile.holdout,
-            seed=seed,
-        )
-        case = Case(profile, seed, tokenizer, splits)
+        case = Case(profile, seed, tokenizer, _splits(profile, corpus, tokenizer, seed))
         cases.append(change(case) if change else case)
     runs = [case.runs() for case in cases]
     train_missing([found[name] for found in runs for name in ("original", "retrained")])
     return cases
+
+
+def shared_documents(profile: Profile) -> float:
+    """Of the documents that one seed trains on, the share that another one trains on too: the mean over all pairs.
+
+    Nothing is trained. Raises ValueError for a profile of one seed.
+    """
+    if len(profile.seeds) < 2:
+        raise ValueError("one seed shares its documents with no other: give the profile two seeds or more")
+    corpus = load_corpus(profile.corpus)
+    tokenizer, trained_on = make_tokenizer(profile, corpus), []
+    for seed in profile.seeds:
+        documents = _splits(profile, corpus, tokenizer, seed).documents
+        trained_on.append({*documents["forget"], *documents["retain"]})
+    shares = [len(one & other) / len(one) for one, other in itertools.permutations(trained_on, 2)]
+    return sum(shares) / len(shares)
+
+
+def _splits(profile: Profile, corpus: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:
+    sizes = {name: getattr(profile, name) for name in ("length", "forget", "retain", "holdout")}
+    return make_splits(corpus, tokenizer, **sizes, seed=seed)
 
 
 def make_tokenizer(profile: Profile, corpus: datasets.Dataset) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
-# What chapters 10 and 11 compare: labels of contenders, by which their settings are chosen as well.
+# What chapters 10 and 11 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
 SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
 CASE_STUDIES = {
@@ -27,6 +27,7 @@ CASE_STUDIES = {
     "block_size": 64,
     "methods": (*FIRST_ORDER, "fisher_recursion", "fisher_diagonal", "kfac"),
     "most": 12,
+    "max_steps": 200,
 }
 SMALL_CASES = {
     "model": small_opt(1024, hidden_size=64, layers=2),
@@ -45,8 +46,8 @@ PRIVATE = {
     "retain": 448,
     "holdout": 256,
     "epsilons": (1, 8, 100, 2000),
-    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (32, 64, 128), "epochs": (5, 10, 20)},
-    "most": 12,
+    "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2), "batch_size": (16, 32, 64)},
+    "most": 8,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
     "left_out_seeds": {"maths": (4,)},
@@ -54,42 +55,74 @@ PRIVATE = {
 
 # Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
 SERIES = {"size": 16, "opening": 3, "most": 12}
+# Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
+# half is replaced.
+ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
+
 # "most" settings of a method are tried, for each of the architectures "most_each".
-FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
+FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
-# first seed, the others have the four that are compared. "deep" takes long, and is measured on the first seed.
+# first seed, the others have the four that are compared; "knobs" have where the search for settings begins, of
+# which "most" are tried. "deep" takes long, and is measured on the first seed.
 REAL_MODEL = {
     "corpus": "tales",
     "vocabulary": None,
     "steps": 2,
-    "learning_rate": 2e-5,
     "m_factors": 96,
     "m_dual": 64,
-    "grids": {
-        "fisher_diagonal:expected": (1e-6, 1e-5, 1e-4),
-        "kfac": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
-        "fisher_dual": (1e-5, 1e-3, 1e-1),
+    "most": 6,
+    "knobs": {
+        "fisher_diagonal:expected": {"damping": (1e-7, 1e-6, 1e-5)},
+        "kfac": {"damping": (1e-8, 1e-7, 1e-6)},
+        "gradient_difference": {"learning_rate": (1e-5, 3e-5, 9e-5), "retain_weight": (1.0, 3.0, 9.0)},
     },
     "methods": (
-        "finetuned",
         "gradient_ascent",
         "gradient_difference",
-        "fisher_dual",
         "fisher_diagonal:expected",
         "kfac",
         "kfac:damped",
         "kfac:refreshed",
-        "kfac:held",
-        "fisher_forgetting",
     ),
-    "compared": ("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"),
+    "compared": ("gradient_ascent", "gradient_difference", "kfac", "kfac:damped", "kfac:refreshed"),
     "deep": {"rounding": True, "extraction": 32},
     "rounded": 32,  # sequences on which number formats are compared
     "timed": 16,  # sequences of a pass that is timed
     "elsewhere": 48,  # sequences of each other corpus
-    "relearning_steps": 12,
+    "relearning_steps": 8,
     "relearning_rate": 2e-5,
+    "references": 1,
+}
+
+# All methods there are, on cases so small that each can be given the same search; the first seed chooses.
+FAIR_FIGHT = {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_ascent:repaired",
+        "gradient_ascent:kl",
+        "gradient_difference",
+        "npo:retain",
+        "simnpo:retain",
+        "rmu",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+        "kfac:steps",
+        "newton_cg:kfac",
+    ),
+    "forget": 32,
+    "retain": 256,
+    "holdout": 128,
+    "m": 192,
+    "m_recursion": 192,
+    "block_size": 64,
+    "most": 10,
+    "max_steps": 200,
 }
 
 # The proxy of chapter 15 is to be cheap: smaller than the model, and trained for a shorter time.
@@ -114,18 +147,50 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {"steps": 200, "tried": 12},
         "gpu": {"steps": 200, "tried": 12},
     },
+    "erased_or_hidden": {
+        "quick": ATTACKED
+        | {
+            "model": small_opt(1024, hidden_size=64, layers=2),
+            "retain": 256,
+            "holdout": 128,
+            "relearning_steps": 10,
+            "seeds": 1,
+            "steps": 40,
+            "most": 6,
+            "m_factors": 128,
+        },
+        "cpu": ATTACKED | {"seeds": 3, "steps": 200, "most": 12, "m_factors": 840},
+        "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
+    },
     "newton": {
         "quick": {
             "seeds": 1,
             "sequences": 64,
             "steps": 20,
             "most": 6,
+            "max_steps": 60,
             "draws": 10,
             "noise_draws": 3,
             "requests": 120,
         },
-        "cpu": {"sequences": 256, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
-        "gpu": {"sequences": 512, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
+        "cpu": {
+            "sequences": 256,
+            "steps": 40,
+            "most": 12,
+            "max_steps": 200,
+            "draws": 50,
+            "noise_draws": 20,
+            "requests": 600,
+        },
+        "gpu": {
+            "sequences": 512,
+            "steps": 40,
+            "most": 12,
+            "max_steps": 200,
+            "draws": 50,
+            "noise_draws": 20,
+            "requests": 600,
+        },
     },
     "fisher": {
         "quick": {
@@ -172,14 +237,29 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": {"seeds": 2, "second_seeds": 1, "m": 512, "few": 32},
-        "cpu": {"seeds": 5, "second_seeds": 5, "m": 840, "few": 256},
-        "gpu": {"seeds": 3, "second_seeds": 1, "m": 1024, "few": 64},
+        "quick": {"seeds": 2, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
+        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+    },
+    "fair_fight": {
+        "quick": FAIR_FIGHT
+        | {
+            "seeds": 2,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "relearning_steps": 10,
+            "relearning_rate": 3e-4,
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
+        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
     },
     "cost": {
         "quick": {
@@ -218,9 +298,14 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "retain": 40,
             "holdout": 12,
             "seeds": 1,
-            "learning_rate": 5e-4,
             "m_factors": 35,
-            "grids": {"kfac": (1e-6, 1e-4)},
+            "knobs": {
+                "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
+                "gradient_difference": {
+                    "learning_rate": (1.5e-4, 4.5e-4, 1.35e-3),
+                    "retain_weight": (1.0, 3.0, 9.0),
+                },
+            },
             "methods": REAL_MODEL["compared"],
             "deep": {},
             "rounded": 8,
@@ -247,6 +332,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "retain": 384,
             "holdout": 128,
             "seeds": 3,
+            "knobs": REAL_MODEL["knobs"] | {"fisher_dual": {"damping": (1e-3, 1e-2, 1e-1)}},
+            "methods": (*REAL_MODEL["methods"], "fisher_dual", "kfac:held"),
         },
     },
     "four_datasets": {
@@ -260,19 +347,22 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "m": 192,
             "m_recursion": 192,
             "block_size": 64,
-            "methods": (*FIRST_ORDER, *SECOND_ORDER),
+            "methods": (*FIRST_ORDER[:-1], *SECOND_ORDER),
             "most": 6,
+            "max_steps": 60,
             "shares": (1.0,),
             "requests": (1, 32),
         },
         "cpu": {
             "corpora": "reuters,tales,socialiqa,maths",
             "seeds": 5,
+            "relearning_steps": 15,
             "m": 512,
             "m_recursion": 256,
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -287,12 +377,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 16,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
     },
     "case_studies": {
-        "quick": CASE_STUDIES | SMALL_CASES | {"seeds": 1, "candidates": 128, "most": 6},
+        "quick": CASE_STUDIES
+        | SMALL_CASES
+        | {
+            "methods": (*FIRST_ORDER[:-1], "fisher_recursion", "fisher_diagonal", "kfac"),
+            "seeds": 1,
+            "candidates": 128,
+            "most": 6,
+            "max_steps": 60,
+        },
         "cpu": CASE_STUDIES | SMALL_CASES,
         "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
     },
@@ -301,7 +400,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "corpora": "reuters",
             "epsilons": (1, 100, 2000),
-            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
             "most": 5,
             "shorter": (1, 3, 5),
         },

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping
 
 from unlearnlib.experiment.case import Case
-from unlearnlib.experiment.contenders import contenders_on
+from unlearnlib.experiment.contenders import MAX_STEPS, contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.methods.first_order import ascent_direction, retain_loss
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
@@ -21,12 +21,16 @@ TUNING_STEPS, TUNING_RATE = 10, 1e-3
 
 
 def choose_settings(
-    report: Report, methods: Iterable[str], builds: Mapping[str, Build], most: int = MOST
+    report: Report,
+    methods: Iterable[str],
+    builds: Mapping[str, Build],
+    most: int = MOST,
+    max_steps: int = MAX_STEPS,
 ) -> dict[str, dict[str, float]]:
     """By method, the setting that :meth:`Report.choose` finds for it, in at most so many trials each."""
     chosen = {}
     for method in methods:  # contenders anew each time, so that a curvature is kept no longer than it is used
-        chosen[method] = report.choose(method, contenders_on(report.case, builds)[method], most)
+        chosen[method] = report.choose(method, contenders_on(report.case, builds, max_steps)[method], most)
     return chosen
 
 
@@ -50,13 +54,16 @@ def measure_references(report: Report) -> None:
             report.probe(method, model)
 
 
-def follow_methods(report: Report, chosen: Settings, builds: Mapping[str, Build]) -> None:
+def follow_methods(
+    report: Report, chosen: Settings, builds: Mapping[str, Build], max_steps: int = MAX_STEPS
+) -> None:
     """Follow every method with its setting in ``chosen``, and with K-FAC's λ Fisher Forgetting.
 
-    The passes that a curvature takes are counted with each method that needs it.
+    What goes in steps of an optimizer takes ``max_steps`` at the most. The passes that a curvature takes are
+    counted with each method that needs it.
     """
     for method, setting in chosen.items():
-        contender = contenders_on(report.case, builds)[method]
+        contender = contenders_on(report.case, builds, max_steps)[method]
         report.follow(method, functools.partial(contender.path, **setting))
         if method == "kfac":
             path = functools.partial(forgetting, report.case, builds[method], report.target, **setting)

@@ -19,28 +19,26 @@ from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker import Kronecker, diagonal_fisher, from_factors, kfac, layer_factors
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
+from unlearnlib.experiment.contenders import Contender
 from unlearnlib.experiment.report import Report
-from unlearnlib.losses import mean_loss
-from unlearnlib.methods.first_order import ascent_direction, ascent_loss, retain_loss, with_retain
-from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, forgetting_noise, removal_direction
-from unlearnlib.methods.matching import Line, Path, best_setting
+from unlearnlib.losses import counted_passes, mean_loss
+from unlearnlib.methods.first_order import ascent_direction, ascent_loss, with_retain
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
+from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.tuning import Knobs
 from unlearnlib.methods.walks import adam_walk
 from unlearnlib.models.loading import half_precision
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import encode, pack
-from unlearnlib.weights import Vector, add, cosine, norm, set_weights, snapshot
+from unlearnlib.weights import Vector, cosine, set_weights, snapshot
 
 T = TypeVar("T")
 
 BATCH_SIZE = 16
+MAX_STEPS = 40
+"""Of gradient difference: how many sequences of each set a step reads, and after how many steps it is given up."""
 
-FIRST_ORDER = {"finetuned": (retain_loss, 10), "gradient_difference": (with_retain(ascent_loss, 1.0), 60)}
-"""What is descended in steps of Adam, and in how many at the most; fine-tuning ends wherever these lead."""
-
-ON_KFAC = ("kfac", "kfac:damped", "fisher_forgetting")
-
-NOISE_SHARE = 0.1
-"""Length of the noise of Fisher Forgetting, in lengths of K-FAC's step."""
+ON_KFAC = ("kfac", "kfac:damped", "kfac:held", "kfac:refreshed")
 
 
 def in_32_bits(build: Build) -> Build:
@@ -92,13 +90,15 @@ def compare_formats(
 class Unlearner:
     """Takes the original model of a case to matched forgetting by one method after another.
 
-    ``model`` is the original, ``start`` its weights, and ``forget_gradient`` is Δ there. ``chosen`` has λ by
-    method, as :meth:`sweep` finds it or an earlier case has. Only K-FAC's curvature at the start is kept, of the
-    others their step: two curvatures of a large model may not fit into memory. ``kept`` are weights to come back
-    to, by method.
+    ``model`` is the original, ``start`` its weights, and ``forget_gradient`` is Δ there. ``chosen`` has a setting
+    by method, as :meth:`choose` finds it or an earlier case has. Only K-FAC's curvature at the start is kept, of
+    the others their step: two curvatures of a large model may not fit into memory. ``spent`` are the plain passes
+    that Δ and the curvatures took, by name. ``kept`` are weights to come back to, by method.
     """
 
-    def __init__(self, report: Report, builds: dict[str, Build], chosen: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, report: Report, builds: dict[str, Build], chosen: dict[str, dict[str, float]] | None = None
+    ) -> None:
         self.report, self.case, self.builds = report, report.case, builds
         self.chosen = {} if chosen is None else chosen
         self.model = self.case.original()
@@ -106,84 +106,121 @@ class Unlearner:
         self.precision = functools.partial(half_precision, self.model.device)
         self.directions: dict[str, Vector] = {}
         self.kept: dict[str, Vector] = {}
+        self.spent: dict[str, float] = {}
 
     @functools.cached_property
     def forget_gradient(self) -> Vector:
         """Δ, the gradient of the forget loss at the original weights."""
         set_weights(self.model, self.start)
-        with self.precision():
-            return ascent_direction(self.model, self.case.splits.forget)
+        with self.precision(), counted_passes() as passes:
+            gradient = ascent_direction(self.model, self.case.splits.forget)
+        self.spent["gradient_ascent"] = passes.plain
+        return gradient
 
     @functools.cached_property
     def factors(self) -> Kronecker:
         """K-FAC's curvature at the original weights."""
-        set_weights(self.model, self.start)
-        return self.builds["kfac"](self.model)
+        return self._built("kfac")
 
-    def line(self, direction: Vector, start: Vector | None = None) -> Line:
-        """The path along a direction, from the original weights unless others are given."""
-        return Line(self.model, direction, self.case.splits.forget, self.start if start is None else start)
+    def line(self, direction: Vector) -> Line:
+        """The path along a direction from the original weights."""
+        return Line(self.model, direction, self.case.splits.forget, self.start)
 
-    def sweep(self, method: str, grid: Sequence[float]) -> pd.DataFrame:
-        """:meth:`Report.sweep` of λ; ``chosen`` has the best afterwards."""
-        C, delta = self._curvature(method), self.forget_gradient
+    def choose(self, method: str, knobs: Knobs, most: int) -> pd.DataFrame:
+        """:meth:`Report.choose` a method's setting, which ``chosen`` has afterwards; returns what was tried.
+
+        The column ``excess`` is the validation loss above the retrained model's, in nats.
+        """
+        if method == "gradient_difference":
+            path = self._difference
+        else:
+            C, delta = self._curvature(method), self.forget_gradient
+
+            def path(damping: float) -> Path:
+                return self.line(removal_direction(C, delta, damping))
+
         with self.precision():
-            table = self.report.sweep(grid, lambda damping: self.line(removal_direction(C, delta, damping)))
-        self.chosen[method] = best_setting(table)
-        self.directions[method] = removal_direction(C, delta, self.chosen[method])
-        return table
+            self.chosen[method] = self.report.choose(method, Contender("forget, retain", knobs, path), most)
+            validation = self.report.retrained_validation
+        if method != "gradient_difference":
+            self.directions[method] = removal_direction(C, delta, self.chosen[method]["damping"])
+        table = self.report.choices[method].table
+        return table.assign(excess=table["validation_loss"] - validation)
+
+    def _difference(self, learning_rate: float, retain_weight: float) -> Path:
+        """The path of gradient difference in steps of Adam."""
+        set_weights(self.model, self.start)
+        loss, case = with_retain(ascent_loss, retain_weight), self.case
+        return adam_walk(
+            self.model,
+            loss,
+            case.splits.forget,
+            case.estimation,
+            learning_rate,
+            case.seed,
+            MAX_STEPS,
+            BATCH_SIZE,
+        )
+
+    def _built(self, method: str) -> Curvature:
+        set_weights(self.model, self.start)
+        with counted_passes() as passes:
+            curvature = self.builds[method](self.model)
+        self.spent[method] = passes.plain
+        return curvature
 
     def _curvature(self, method: str) -> Curvature:
-        if method in ON_KFAC:
-            return self.factors
-        set_weights(self.model, self.start)
-        return self.builds[method](self.model)
+        return self.factors if method in ON_KFAC else self._built(method)
 
     def direction(self, method: str) -> Vector:
         """The step of Fisher Removal at λ as chosen, or that of gradient ascent."""
         if method == "gradient_ascent":
             return self.forget_gradient
-        method = "kfac" if method == "fisher_forgetting" else method
         if method not in self.directions:
             C = self._curvature(method)
-            self.directions[method] = removal_direction(C, self.forget_gradient, self.chosen[method])
+            self.directions[method] = removal_direction(C, self.forget_gradient, self.chosen[method]["damping"])
         return self.directions[method]
 
-    def path(self, method: str, steps: int, learning_rate: float) -> Path:
+    def path(self, method: str, steps: int) -> Path:
         """The way of a method from the original weights; ``steps`` are those of K-FAC where it takes several."""
         set_weights(self.model, self.start)
-        case, model, forget = self.case, self.model, self.case.splits.forget
-        if method in FIRST_ORDER:
-            loss, most = FIRST_ORDER[method]
-            return adam_walk(model, loss, forget, case.estimation, learning_rate, case.seed, most, BATCH_SIZE)
+        model, forget = self.model, self.case.splits.forget
+        if method == "gradient_difference":
+            return self._difference(**self.chosen[method])
         if method == "kfac:refreshed":
             at_start = iter([self.factors])  # the first step is where the factors have been built already
 
             def build(model: PreTrainedModel) -> Curvature:
                 return next(at_start, None) or self.builds["kfac"](model)
 
-            return RemovalInSteps(model, forget, build, self.chosen["kfac"], steps, refresh=True)
+            return RemovalInSteps(model, forget, build, self.chosen["kfac"]["damping"], steps, refresh=True)
         if method == "kfac:held":
             return RemovalInSteps(
-                model, forget, lambda _: self.factors, self.chosen["kfac"], steps, False, hold=case.estimation
+                model,
+                forget,
+                lambda _: self.factors,
+                self.chosen["kfac"]["damping"],
+                steps,
+                refresh=False,
+                hold=self.case.estimation,
             )
-        if method == "fisher_forgetting":
-            return self.line(self.direction(method), self.noisy_start())
         return self.line(self.direction(method))
 
-    def noisy_start(self) -> Vector:
-        """The original weights with the noise of Fisher Forgetting, once K-FAC's step has been matched."""
-        noise = forgetting_noise(self.factors, self.start, self.chosen["kfac"], self.case.seed)
-        length = self.report.matches["kfac"].strength * norm(self.direction("kfac"))
-        return add(self.start, noise, NOISE_SHARE * length / norm(noise))
+    def made_before(self, method: str) -> float:
+        """The plain passes that have been made for a method already: those of Δ and of its curvature."""
+        if method == "gradient_difference":
+            return 0.0
+        needed = {"gradient_ascent", "kfac" if method in ON_KFAC else method}
+        return sum(passes for name, passes in self.spent.items() if name in needed)
 
-    def run(self, methods: Iterable[str], steps: int, learning_rate: float, keep: Sequence[str] = ()) -> None:
+    def run(self, methods: Iterable[str], steps: int, keep: Sequence[str] = ()) -> None:
         """Follow each method to matched forgetting and measure what it makes; keep the weights of some."""
         with self.precision():
             self.report.measure("original", self.model)
             self.report.reference("retrained", self.report.retrained)
             for method in methods:
-                self.report.follow(method, self.path(method, steps, learning_rate))
+                before = self.made_before(method)
+                self.report.follow(method, functools.partial(self.path, method, steps), before)
                 if method in keep:
                     self.kept[method] = snapshot(self.model)
                 gc.collect()  # what was captured in passes goes in circles, and is large
@@ -209,7 +246,7 @@ class Unlearner:
         def answer() -> Vector:
             with self.precision():
                 delta = ascent_direction(self.model, self.case.splits.forget)
-            return removal_direction(self.factors, delta, self.chosen["kfac"])
+            return removal_direction(self.factors, delta, self.chosen["kfac"]["damping"])
 
         request = measure(answer, device, runs=1)
         with self.precision():

@@ -204,31 +204,35 @@ class Report:
         self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
         return choice.setting
 
-    def match(self, method: str, path: Path | Callable[[], Path], brief: bool = False) -> Match:
+    def match(
+        self, method: str, path: Path | Callable[[], Path], brief: bool = False, before: float = 0.0
+    ) -> Match:
         """Take a method to matched forgetting and measure its model there; unless ``brief``, probe it as well.
 
-        What it costs to make the path, such as to estimate a curvature, counts where ``path`` is what makes it.
+        What it costs to make the path, such as to estimate a curvature, counts where ``path`` is what makes it;
+        plain passes that were made for it ``before`` are added.
         """
         with Meter(self.retrained.device) as meter:
             path = path() if callable(path) else path
             match = path.to(self.target)
-        self._note(method, path, match, meter.cost, brief)
+        self._note(method, path, match, meter.cost + Cost(0.0, 0, before), brief)
         return match
 
-    def follow(self, method: str, path: Path | Callable[[], Path]) -> Match:
+    def follow(self, method: str, path: Path | Callable[[], Path], before: float = 0.0) -> Match:
         """Take a method along the frontier; at matched forgetting measure and probe what it has made.
 
         The path is followed to each of ``shares`` in turn, which ascend and hold 1. A method that cannot get to a
         point is measured where it ended, with ``reached`` 0, and goes no further. Returns the match at the
         target, or where it ended short of it: of a method in steps its strength is their total number. As in
-        :meth:`match`, ``path`` may be what makes it.
+        :meth:`match`, ``path`` may be what makes it, and some passes may have been made ``before``.
         """
+        origin, way = self.original_loss, self.target - self.original_loss
         with Meter(self.retrained.device) as meter:
             path = path() if callable(path) else path
-        spent = meter.cost
+        spent = meter.cost + Cost(0.0, 0, before)
         for share in tqdm(self.shares, f"{method}, seed {self.case.seed}", leave=False, mininterval=1.0):
             with Meter(path.model.device) as meter:
-                match = path.to(self.original_loss + share * (self.target - self.original_loss))
+                match = path.to(origin + share * way)
             spent += meter.cost
             if share == 1.0 or (not match.reached and share < 1.0):
                 self._note(method, path, match, spent)

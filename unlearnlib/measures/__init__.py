@@ -9,7 +9,14 @@ from unlearnlib.losses import (
     sequence_losses,
     token_losses,
 )
-from unlearnlib.measures.attacks import calibrated, true_positive_rate
+from unlearnlib.measures.attacks import (
+    calibrated,
+    lira,
+    normal_auc,
+    normal_rate,
+    rate_interval,
+    true_positive_rate,
+)
 from unlearnlib.measures.evaluation import (
     Reading,
     auc_error,
@@ -29,6 +36,7 @@ from unlearnlib.measures.exposure import (
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
 from unlearnlib.measures.power import attack_power, detectable_auc, rank_test
+from unlearnlib.measures.prompts import second_half_losses, tampered
 from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
@@ -47,6 +55,7 @@ __all__ = [
     "extraction_likelihood",
     "fall",
     "largest_exposure",
+    "lira",
     "log_probabilities",
     "logits",
     "loss_correlation",
@@ -56,12 +65,17 @@ __all__ = [
     "membership_auc",
     "min_k_scores",
     "net_fall",
+    "normal_auc",
+    "normal_rate",
     "probe",
     "rank_test",
+    "rate_interval",
     "read",
     "relearning_curve",
     "rounded",
+    "second_half_losses",
     "sequence_losses",
+    "tampered",
     "text_losses",
     "token_losses",
     "true_positive_rate",

@@ -5,6 +5,8 @@ A *score* is a number that an attack gives to a sequence; a higher one speaks fo
 
 import math
 
+import torch
+from scipy import stats
 from torch import Tensor
 
 
@@ -38,3 +40,50 @@ def true_positive_rate(members: Tensor, others: Tensor, false_alarms: float = 0.
         )
     threshold = others.sort(descending=True).values[allowed]  # above it are at most as many as are allowed
     return (members > threshold).double().mean().item()
+
+
+def rate_interval(found: int, members: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a rate of which ``found`` of ``members`` were counted (Clopper & Pearson 1934)."""
+    low, high = stats.binomtest(found, members).proportion_ci(level, method="exact")
+    return float(low), float(high)
+
+
+def lira(scores: Tensor, shadow_scores: Tensor, inside: Tensor, per_sequence: bool = False) -> Tensor:
+    """The likelihood-ratio attack, LiRA (Carlini et al. 2022): log N(s; in) - log N(s; out) of every score.
+
+    ``scores`` [n] are of the model under attack, ``shadow_scores`` [models, n] of shadow models, of which those
+    where ``inside`` [models, n] is true were trained on the sequence. Both normals have their means from the
+    sequence's own shadow models. Their variances are pooled over all sequences, as Carlini et al. advise for fewer
+    than 64 shadow models, unless they are to be ``per_sequence``. Shape [n].
+
+    Raises ValueError where a sequence has fewer than two shadow models on a side, if the shapes do not fit, or if
+    the scores of a side do not vary at all.
+    """
+    if shadow_scores.shape != inside.shape or shadow_scores.shape[1:] != scores.shape:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} need shadow scores and membership of shape [models, n], not "
+            f"{tuple(shadow_scores.shape)} and {tuple(inside.shape)}"
+        )
+    scores, shadow_scores, log_density = scores.double(), shadow_scores.double(), []
+    for side, name in ((inside, "inside"), (~inside, "outside")):
+        number = side.sum(dim=0)
+        if len(scores) == 0 or number.min() < 2:
+            raise ValueError(f"every sequence must be {name} of two shadow models or more: train more of them")
+        mean = torch.where(side, shadow_scores, 0.0).sum(dim=0) / number
+        squares = torch.where(side, (shadow_scores - mean) ** 2, 0.0).sum(dim=0)
+        variance = squares / (number - 1) if per_sequence else squares.sum() / (number - 1).sum()
+        if not (variance > 0).all():
+            raise ValueError(f"the scores of the shadow models that are {name} are all tied: they tell nothing")
+        log_density.append(-((scores - mean) ** 2) / (2 * variance) - variance.log() / 2)
+    return log_density[0] - log_density[1]
+
+
+def normal_auc(members: tuple[float, float], others: tuple[float, float]) -> float:
+    """The AUC of scores that are normal, each side with a mean and a standard deviation: Φ(Δμ/√(σ₁² + σ₂²))."""
+    return float(stats.norm.cdf((members[0] - others[0]) / math.hypot(members[1], others[1])))
+
+
+def normal_rate(members: tuple[float, float], others: tuple[float, float], false_alarms: float = 0.01) -> float:
+    """The true-positive rate at so many false alarms for scores that are normal: Φ((Δμ - z σ₂)/σ₁)."""
+    z = stats.norm.isf(false_alarms)
+    return float(stats.norm.cdf((members[0] - others[0] - z * others[1]) / members[1]))

@@ -182,7 +182,7 @@ def format_table(summary: pd.DataFrame, metrics: dict[str, str], digits: int = 2
     """
     methods = list(dict.fromkeys(summary.index.get_level_values("method")))
     wide = pd.DataFrame("–", index=methods, columns=list(metrics))
-    shown = summary[summary.index.get_level_values("metric").isin(metrics)]
+    shown = summary[summary.index.get_level_values(1).isin(metrics)]
     for (method, metric), row in shown.iterrows():
         wide.loc[method, metric] = _text(row["mean"], row["low"], row["high"], digits)
     wide = wide.rename(columns=metrics)
@@ -218,5 +218,6 @@ ACRONYMS = {
     "npo": "NPO",
     "simnpo": "SimNPO",
     "rmu": "RMU",
+    "soul": "SOUL",
     "dp_sgd": "DP-SGD",
 }

@@ -91,22 +91,25 @@ def not_run(claim: str, exhibit: str, decides: bool = True, corpus: str = "–",
 
 
 def conclude(tests: pd.DataFrame) -> pd.Series:
-    """The verdict on each claim of a table of tests, from those of its tests that decide."""
-    claims = tests[tests["decides"]].groupby("claim", sort=False)
-    return pd.Series({claim: combine(found["verdict"], found["every"].all()) for claim, found in claims})
+    """The verdict on each claim of a table of tests, from those tests that decide; if none does, inconclusive."""
+    found = {}
+    for claim, of_claim in tests.groupby("claim", sort=False):
+        deciding = of_claim[of_claim["decides"]]
+        found[claim] = combine(deciding["verdict"], deciding["every"].all()) if len(deciding) else INCONCLUSIVE
+    return pd.Series(found, dtype=object)
 
 
 def weakest(tests: pd.DataFrame) -> pd.Series:
     """The deciding test on which a claim's verdict hangs.
 
     It is the one whose interval, or else mean, reaches furthest towards where the claim fails; or, where one test
-    suffices, furthest away from there.
+    suffices, furthest away from there. If none decides, the first.
     """
     deciding = tests[tests["decides"]]
     low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
     inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
     if inside.isna().all():
-        return deciding.iloc[0]
+        return (deciding if len(deciding) else tests).iloc[0]
     return deciding.loc[inside.idxmin() if deciding["every"].all() else inside.idxmax()]
 
 

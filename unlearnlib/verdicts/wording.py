@@ -20,11 +20,8 @@ from unlearnlib.verdicts.rules import (
     weakest,
 )
 
-BY_MODEL = "C4"
-"""The claim whose pairs are models; those of the others are seeds."""
-
-AGAINST_FIRST_ORDER = ("C1", "C2", "C6")
-"""The claims in which opponents of the book's own stand beside the paper's."""
+BY_MODEL = ("C4", "C4 own")
+"""The claims whose pairs are models; those of the others are seeds."""
 
 
 def versus(test: pd.Series) -> str:
@@ -40,7 +37,7 @@ def shortened(text: str) -> str:
 
 def place(test: pd.Series) -> str:
     """Where a test was made: its corpus, or the model where these are compared."""
-    return test["model"] if test["claim"] == BY_MODEL else test["corpus"]
+    return test["model"] if test["claim"] in BY_MODEL else test["corpus"]
 
 
 def listed(tests: pd.DataFrame) -> str:
@@ -48,7 +45,7 @@ def listed(tests: pd.DataFrame) -> str:
     texts = []
     for _, test in tests.iterrows():
         note = f"; {test['note']}" if test["note"] else ""
-        over = "models" if test["claim"] == BY_MODEL else "seeds"
+        over = "models" if test["claim"] in BY_MODEL else "seeds"
         side = f", on the claim's side on {test['agree']} of {test['pairs']} {over}" if test["pairs"] else ""
         texts.append(f"{place(test)}: {versus(test)} {effect_text(test)}{side}{note}")
     return "; ".join(texts)
@@ -63,6 +60,8 @@ def why(tests: pd.DataFrame) -> str:
     """In a sentence, what the verdict on a claim rests on, from its tests."""
     [outcome] = conclude(tests)
     deciding = tests[tests["decides"]]
+    if deciding.empty:
+        return "No test decides."
     if not deciding["every"].all() and outcome == REPRODUCED:
         clear = deciding[deciding["verdict"] == REPRODUCED]
         clearest = weakest(deciding).to_frame().T
@@ -74,7 +73,11 @@ def why(tests: pd.DataFrame) -> str:
     if len(against):
         return f"{number}, of which {len(against)} came out against it ({listed(against)})."
     if len(missing):
-        return f"There are no reference results of: {', '.join(sorted(set(missing['exhibit'])))}."
+        reasons = []
+        for exhibit, found in missing.groupby("exhibit", sort=False):
+            notes = found["note"].replace("", "no results").str.split("; ").explode().unique()
+            reasons.append(f"{exhibit} ({', '.join(notes)})")
+        return f"{number}; not run: {len(missing)}, of {'; '.join(reasons)}."
     if len(undecided):
         return f"{number}, of which {len(undecided)} decided nothing ({listed(undecided)})."
     return f"{number}, all on the claim's side; the weakest is {listed(weakest(deciding).to_frame().T)}."
@@ -83,47 +86,42 @@ def why(tests: pd.DataFrame) -> str:
 def in_words(tests: pd.DataFrame) -> dict[str, str]:
     """What a page says of a claim, from its tests.
 
-    ``verdict`` and ``t``, that by Student's interval, with notes; ``effect``, the one on which it hangs; ``why``;
-    and the verdicts of K-FAC (``kfac``), against the paper's opponent alone (``ascent``), and of gradient
-    difference (``difference``).
+    ``verdict``; ``effect``, the one on which it hangs; ``why``; ``notes``, a sentence to follow, or nothing; the
+    verdict with K-FAC in place of the paper's estimate (``kfac``), and that of gradient difference
+    (``difference``), where the claim asks something of single methods.
     """
-    [outcome], [by_student], test = conclude(tests), conclude(tests, "t_verdict"), weakest(tests)
+    [outcome], test = conclude(tests), weakest(tests)
     effect = effect_text(test)
     if effect != "–":
         effect += f" {test['unit']} ({shortened(versus(test))}, {place(test)})"
-    noted = sorted({f"{place(test)}: {test['note']}" for _, test in tests.iterrows() if test["note"]})
+    where: dict[str, list[str]] = {}
+    for _, noted in tests[(tests["note"] != "") & (tests["verdict"] != NOT_RUN)].iterrows():
+        where.setdefault(noted["note"], []).append(place(noted))
+    notes = [f"{', '.join(dict.fromkeys(places))}: {note}" for note, places in where.items()]
     decides = tests["decides"]
     beside = (tests["method"] == claims.OURS) & tests["against"].isin(tests.loc[decides, "against"])
     return {
         "verdict": outcome,
-        "t": by_student + (f". To be noted: {'; '.join(noted)}" if noted else ""),
         "effect": effect,
-        "kfac": quoted(tests[beside | (tests["verdict"] == NOT_RUN)]),
-        "ascent": quoted(tests[decides & (tests["against"] == claims.PAPERS_OPPONENT)]),
         "why": why(tests),
+        "notes": f" To be noted: {'; '.join(notes)}." if notes else "",
+        "kfac": quoted(tests[beside]),
         "difference": quoted(tests[tests["method"] == "gradient_difference"]),
     }
 
 
 def table(tests: pd.DataFrame) -> pd.DataFrame:
-    """The tests of a claim, a row each: the effect with both intervals, the pairs on its side, and the verdict.
+    """The tests of a claim, a row each: the effect with its interval, the pairs on its side, and the verdict.
 
     A star marks the verdict of a test that does not decide.
     """
-    student = tests.assign(low=tests["t_low"], high=tests["t_high"])
     columns = {
         f"mean [95 %] ({tests['unit'].iloc[0]})": [effect_text(test) for _, test in tests.iterrows()],
-        "Student's": [effect_text(test).partition(" ")[2] or "–" for _, test in student.iterrows()],
         "side": [f"{test['agree']}/{test['pairs']}" for _, test in tests.iterrows()],
         "verdict": tests["verdict"] + np.where(tests["decides"], "", " *"),
     }
-    of_ours = tests["against"].isin(set(claims.FIRST_ORDER) - {claims.PAPERS_OPPONENT})
-    of_ours &= tests["claim"].isin(AGAINST_FIRST_ORDER)
-    named = [
-        shortened(versus(test)) + (" (ours)" if ours else "")
-        for (_, test), ours in zip(tests.iterrows(), of_ours, strict=True)
-    ]
-    places = [place(test) for _, test in tests.iterrows()]
+    named, places = ([name(test) for _, test in tests.iterrows()] for name in (versus, place))
+    named = [shortened(one) for one in named]
     if len(set(places)) > 1:
         named = [f"{where}: {what}" for where, what in zip(places, named, strict=True)]
     return pd.DataFrame(columns).set_axis(named)

@@ -1,0 +1,97 @@
+import dataclasses
+
+import pytest
+import torch
+
+from unlearnlib.experiment import case as one_case
+from unlearnlib.experiment import chapters, comparison, fair_fight, profiles
+from unlearnlib.experiment.contenders import contenders_on
+from unlearnlib.experiment.curvatures import curvature_builders
+from unlearnlib.experiment.report import Report
+from unlearnlib.losses import sequence_losses
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training
+from unlearnlib.verdicts import results
+
+PROFILE = dataclasses.replace(
+    profiles.PROFILES["quick"],
+    corpus="tales",
+    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
+    vocabulary=300,
+    length=24,
+    forget=6,
+    retain=30,
+    holdout=10,
+    training=Training(epochs=2, learning_rate=1e-2),
+    relearning_steps=2,
+    references=0,
+    seeds=(0,),
+)
+
+
+@pytest.fixture(scope="module")
+def fought(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        corpus = one_case.load_corpus("tales")  # from the user's cache
+        patch.setattr(one_case, "load_corpus", lambda name: corpus)
+        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        [case] = one_case.make_cases(PROFILE)
+        report = Report(case, case.retrained(), shares=(1.0,))
+        builds = curvature_builders(case.estimation)
+        chosen = comparison.choose_settings(report, ("gradient_ascent", "kfac"), builds, most=3)
+        yield report, chosen, fair_fight.serve(report, chosen, builds, max_steps=20)
+
+
+def value(report, method, metric):
+    [found] = [r["value"] for r in report.rows if r["method"] == method and r["metric"] == metric]
+    return found
+
+
+def test_a_request_is_served_from_nothing_and_all_of_it_is_counted(fought):
+    report, chosen, losses = fought
+    case = report.case
+    for method in chosen:
+        assert report.matches[method].reached
+        assert losses[method].shape == (len(case.validation),)
+        assert value(report, method, "validation_loss") == pytest.approx(losses[method].mean().item())
+    # Ascent's gradient is a pass over the forget set; K-FAC reads the rest of the retain set beside it.
+    evaluated = {method: report.matches[method].evaluations * len(case.splits.forget) / 3 for method in chosen}
+    rest = {method: value(report, method, "plain_passes") - evaluated[method] for method in chosen}
+    assert rest["gradient_ascent"] == pytest.approx(len(case.splits.forget))
+    assert rest["kfac"] >= len(case.splits.forget) + len(case.estimation)
+
+
+def test_the_losses_are_those_of_the_model_that_was_made(fought):
+    report, _, losses = fought
+    builds = curvature_builders(report.case.estimation)
+    path = contenders_on(report.case, builds)["gradient_ascent"].path()
+    path.to(report.target)
+    with torch.no_grad():
+        torch.testing.assert_close(losses["gradient_ascent"], sequence_losses(path.model, report.case.validation))
+
+
+def test_every_trial_of_a_search_is_in_the_table(fought, tmp_path):
+    report, chosen, _ = fought
+    table = fair_fight.searches_table(report)
+    assert table.groupby("method").size().to_dict() == {m: report.choices[m].tried for m in chosen}
+    best = table[table["reached"] == 1].groupby("method")["value"].min()
+    found = report.choices["kfac"].table
+    least = found[found["reached"]]["validation_loss"].min()
+    assert best["kfac"] == pytest.approx(least - report.retrained_validation)
+    assert set(table.query("method == 'kfac'")["setting"]) == {f"damping={d:.3g}" for d in found["damping"]}
+    results.write_results(table, tmp_path, "searches")  # no row twice
+
+
+def test_undominated_methods():
+    points = {"good": (1, 5), "cheap": (3, 1), "worse": (2, 6), "same": (1, 5)}
+    assert fair_fight.undominated(points) == ["good", "cheap", "same"]
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_the_chapter_compares_methods_there_are_with_trials_enough_for_each(profile, fought):
+    report, *_ = fought
+    _, sizes = chapters.chapter("fair_fight", profile)
+    known = contenders_on(report.case, curvature_builders(report.case.estimation))
+    for method in sizes.methods:
+        grids = known[method].knobs.values()
+        assert 1 + sum(len(grid) - 1 for grid in grids) <= sizes.most
