@@ -129,7 +129,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"Strength: {result['strength']:g} ({result['unit']}){setting}. Target: {target}, "
         f"{'reached' if result['reached'] else 'not reached'}. Weights written in {result['dtype']}.",
         f"Divergence from the model before, on retained texts: {result['kl_validation']:.4f} nats a token.",
-        f"Cost: {cost['seconds']:.1f} s, {peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated).",
+        f"Cost: {cost['seconds']:.1f} s, {cost['plain_passes']:.0f} plain passes, "
+        f"{peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated).",
         "",
         *_sets_text(report["sets"]),
         *_power_text(result),
@@ -165,8 +166,8 @@ def _power_text(result: dict[str, Any]) -> list[str]:
     smallest = result["power"]["detectable_auc"]
     noticed = "no AUC is" if smallest is None else f"an AUC of {smallest:.2f} or more is"
     return [
-        f"With so many sequences {noticed} noticed four times in five or more often (at a level of 5 %, if they "
-        f"are independent); one of 0.7 is with probability {result['power']['power_at_0.7']:.2f}.",
+        f"With so many sequences {noticed} noticed at least four times in five, and one of 0.70 with a probability "
+        f"of {result['power']['power_at_0.7']:.2f}, at a level of 5 % and if they are independent.",
         "",
     ]
 
