@@ -20,10 +20,12 @@ def test_variants_share_the_style_of_their_method_and_unknown_methods_are_refuse
         figures.method_style("no_such_method")
 
 
-def test_numbers_of_a_logarithmic_axis_are_plain_at_one_two_and_five():
+@pytest.mark.parametrize("which", ["x", "y"])
+def test_numbers_of_a_logarithmic_axis_are_plain_at_one_two_and_five(which):
     ax = Figure().add_subplot()
-    ax.set(yscale="log", ylim=(0.015, 0.3))
-    figures.label_decades(ax)
-    texts = {t.get_text() for which in ("major", "minor") for t in ax.yaxis.get_ticklabels(which=which)}
+    ax.set(**{f"{which}scale": "log", f"{which}lim": (0.015, 0.3)})
+    figures.label_decades(ax, which)
+    axis = getattr(ax, f"{which}axis")
+    texts = {t.get_text() for kind in ("major", "minor") for t in axis.get_ticklabels(which=kind)}
     assert {"0.02", "0.05", "0.1", "0.2"} <= texts
     assert not {text for text in texts if text.strip("0.") not in ("", "1", "2", "5")}

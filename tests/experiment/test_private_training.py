@@ -10,7 +10,7 @@ from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods import dp_sgd, matching
+from unlearnlib.methods import dp_sgd, matching, tuning
 from unlearnlib.methods.privacy import Privacy
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training
@@ -149,3 +149,6 @@ def test_the_chapter_takes_other_seeds_where_one_cannot_be_used():
     for profile in profiles.PROFILES:
         settings, _ = chapters.chapter("dp_sgd", profile)
         assert settings.length <= settings.model["max_position_embeddings"]
+        _, sizes = chapters.chapter("dp_sgd", profile)
+        trial = tuning.search(sizes.knobs, lambda **_: ((False, 0.0), {}), sizes.most)
+        assert trial.tried <= sizes.most  # its grids are such as the search takes

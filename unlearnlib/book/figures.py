@@ -90,11 +90,12 @@ def method_style(method: str) -> dict:
     return METHOD_STYLES.get(method) or METHOD_STYLES[method.partition(":")[0]]
 
 
-def label_decades(ax: Axes) -> None:
-    """Write plain numbers at 1, 2 and 5 of every decade of a logarithmic vertical axis."""
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.yaxis.set_minor_formatter("{x:g}")
+def label_decades(ax: Axes, which: str = "y") -> None:
+    """Write plain numbers at 1, 2 and 5 of every decade of a logarithmic axis, "x" or "y"."""
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_minor_formatter("{x:g}")
 
 
 def plot_frontier(ax: Axes, table: pd.DataFrame, methods: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ CASE_STUDIES = {
     "block_size": 64,
     "methods": (*FIRST_ORDER, "fisher_recursion", "fisher_diagonal", "kfac"),
     "most": 12,
+    "max_steps": 200,
 }
 SMALL_CASES = {
     "model": small_opt(1024, hidden_size=64, layers=2),
@@ -45,7 +46,7 @@ PRIVATE = {
     "retain": 448,
     "holdout": 256,
     "epsilons": (1, 8, 100, 2000),
-    "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2), "batch_size": (16, 32, 64)},
+    "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2), "batch_size": (16, 32, 64)},
     "most": 8,
     "shorter": (1, 2, 3, 5),  # epochs
     # With seed 4 two of the maths problems, one kept and one held out, share a sequence.
@@ -59,7 +60,7 @@ SERIES = {"size": 16, "opening": 3, "most": 12}
 ATTACKED = {"shadows": 16, "factors": (0.25, 1.0, 4.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
 
 # "most" settings of a method are tried, for each of the architectures "most_each".
-FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6}
+FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared; "knobs" have where the search for settings begins, of
@@ -124,6 +125,13 @@ FAIR_FIGHT = {
     "max_steps": 200,
 }
 
+# The proxy of chapter 15 is to be cheap: smaller than the model, and trained for half as long.
+OWN_MODEL = {
+    "proxy": small_opt(1024, hidden_size=32, layers=2),
+    "proxy_training": Training(epochs=8, learning_rate=3e-3),
+    "dampings": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {
@@ -159,12 +167,29 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "sequences": 64,
             "steps": 20,
             "most": 6,
+            "max_steps": 60,
             "draws": 10,
             "noise_draws": 3,
             "requests": 120,
         },
-        "cpu": {"sequences": 256, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
-        "gpu": {"sequences": 512, "steps": 40, "most": 12, "draws": 50, "noise_draws": 20, "requests": 600},
+        "cpu": {
+            "sequences": 256,
+            "steps": 40,
+            "most": 12,
+            "max_steps": 200,
+            "draws": 50,
+            "noise_draws": 20,
+            "requests": 600,
+        },
+        "gpu": {
+            "sequences": 512,
+            "steps": 40,
+            "most": 12,
+            "max_steps": 200,
+            "draws": 50,
+            "noise_draws": 20,
+            "requests": 600,
+        },
     },
     "fisher": {
         "quick": {
@@ -216,7 +241,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6},
+        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
     },
@@ -323,6 +348,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 6,
+            "max_steps": 100,
             "shares": (1.0,),
             "requests": (1, 32),
         },
@@ -335,6 +361,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -349,6 +376,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "block_size": 16,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
+            "max_steps": 200,
             "shares": (0.5, 1.0),
             "requests": (1, 8, 32, 128),
         },
@@ -363,7 +391,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "corpora": "reuters",
             "epsilons": (1, 100, 2000),
-            "knobs": {"learning_rate": (3e-3, 1e-2, 3e-2)},
+            "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
             "most": 5,
             "shorter": (1, 3, 5),
         },
@@ -375,7 +403,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
         "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
     },
-    "own_model": {"quick": {"seeds": 1}, "cpu": {"seeds": 1}, "gpu": {"seeds": 1}},
+    "own_model": {
+        "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},
+        "cpu": OWN_MODEL
+        | {"seeds": 5, "second_seeds": 5, "dampings": (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1)},
+        "gpu": OWN_MODEL | {"seeds": 3, "second_seeds": 1, "proxy": small_opt(50272, hidden_size=64)},
+    },
 }
 
 

@@ -54,13 +54,16 @@ def measure_references(report: Report) -> None:
             report.probe(method, model)
 
 
-def follow_methods(report: Report, chosen: Settings, builds: Mapping[str, Build]) -> None:
+def follow_methods(
+    report: Report, chosen: Settings, builds: Mapping[str, Build], max_steps: int = MAX_STEPS
+) -> None:
     """Follow every method with its setting in ``chosen``, and with K-FAC's λ Fisher Forgetting.
 
-    The passes that a curvature takes are counted with each method that needs it.
+    What goes in steps of an optimizer takes ``max_steps`` at the most. The passes that a curvature takes are
+    counted with each method that needs it.
     """
     for method, setting in chosen.items():
-        contender = contenders_on(report.case, builds)[method]
+        contender = contenders_on(report.case, builds, max_steps)[method]
         report.follow(method, functools.partial(contender.path, **setting))
         if method == "kfac":
             path = functools.partial(forgetting, report.case, builds[method], report.target, **setting)

@@ -30,7 +30,7 @@ from unlearnlib.models.training import Training, load_trained
 from unlearnlib.texts.bigrams import Bigrams
 from unlearnlib.weights import Vector, difference, dot, set_weights, snapshot
 
-BLOCKS = 6
+BLOCKS = 4
 """So many sets of kept sequences, each as large as the forget set, are left out in thought, at the most."""
 
 

@@ -35,18 +35,21 @@ from unlearnlib.measures.exposure import (
     text_losses,
 )
 from unlearnlib.measures.extraction import continuations, extraction_likelihood, verbatim_length
+from unlearnlib.measures.power import attack_power, detectable_auc, rank_test
 from unlearnlib.measures.prompts import second_half_losses, tampered
 from unlearnlib.measures.relearning import fall, net_fall, probe, relearning_curve
 from unlearnlib.measures.rounding import rounded
 
 __all__ = [
     "Reading",
+    "attack_power",
     "auc_error",
     "batched",
     "calibrated",
     "candidates",
     "continuations",
     "counted_passes",
+    "detectable_auc",
     "expected_exposure",
     "exposure_bits",
     "extraction_likelihood",
@@ -65,6 +68,7 @@ __all__ = [
     "normal_auc",
     "normal_rate",
     "probe",
+    "rank_test",
     "rate_interval",
     "read",
     "relearning_curve",

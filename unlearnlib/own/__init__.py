@@ -7,6 +7,7 @@ from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.methods import build_curvature, unlearn
 from unlearnlib.own.report import CANDIDATES, HEADINGS, number_text
 from unlearnlib.own.request import STRENGTHS, Request
+from unlearnlib.own.targets import beyond_difficulty, difficulties, estimate_targets
 from unlearnlib.own.texts import read_material
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "STRENGTHS",
     "Request",
     "available_bytes",
+    "beyond_difficulty",
     "build_curvature",
     "check_request",
+    "difficulties",
+    "estimate_targets",
     "fulfil",
     "number_text",
     "read_material",

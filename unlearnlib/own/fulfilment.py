@@ -81,7 +81,12 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
             },
             "sets": _sets(material, request, measured, estimates, source),
             "measures": {name: measured[name] for name in ("before", "after", "reference") if name in measured},
-            "cost": {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "estimated_bytes": needed},
+            "cost": {
+                "seconds": cost.seconds,
+                "plain_passes": cost.plain_passes,
+                "peak_bytes": cost.peak_bytes,
+                "estimated_bytes": needed,
+            },
             "notes": material.notes,
         }
         report["warnings"] = [*material.warnings, *warnings_of(report)]

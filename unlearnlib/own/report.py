@@ -129,7 +129,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"Strength: {result['strength']:g} ({result['unit']}){setting}. Target: {target}, "
         f"{'reached' if result['reached'] else 'not reached'}. Weights written in {result['dtype']}.",
         f"Divergence from the model before, on retained texts: {result['kl_validation']:.4f} nats a token.",
-        f"Cost: {cost['seconds']:.1f} s, {peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated).",
+        f"Cost: {cost['seconds']:.1f} s, {cost['plain_passes']:.0f} plain passes, "
+        f"{peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated).",
         "",
         *_sets_text(report["sets"]),
         *_power_text(result),
