@@ -69,9 +69,8 @@ def test_lira_against_log_densities_of_scipy(per_sequence):
     own, scores, inside, _ = shadow_game()
     expected = []
     means = [[scores[side[:, i], i].mean() for i in range(len(own))] for side in (inside, ~inside)]
-    left = [
-        [scores[side[:, i], i] - m for i, m in enumerate(mean)] for side, mean in zip((inside, ~inside), means)
-    ]
+    sides = zip((inside, ~inside), means, strict=True)
+    left = [[scores[side[:, i], i] - m for i, m in enumerate(mean)] for side, mean in sides]
     pooled = [np.sqrt(sum((x**2).sum() for x in side) / sum(len(x) - 1 for x in side)) for side in left]
     for i, s in enumerate(own):
         sd = [np.sqrt((side[i] ** 2).sum() / (len(side[i]) - 1)) for side in left] if per_sequence else pooled

@@ -155,11 +155,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "holdout": 128,
             "relearning_steps": 10,
             "seeds": 1,
+            "steps": 40,
             "most": 6,
             "m_factors": 128,
         },
-        "cpu": ATTACKED | {"seeds": 3, "most": 12, "m_factors": 840},
-        "gpu": ATTACKED | {"seeds": 1, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
+        "cpu": ATTACKED | {"seeds": 3, "steps": 200, "most": 12, "m_factors": 840},
+        "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
         "quick": {
