@@ -57,7 +57,7 @@ PRIVATE = {
 SERIES = {"size": 16, "opening": 3, "most": 12}
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
-ATTACKED = {"shadows": 16, "factors": (0.25, 1.0, 4.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
+ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
 
 # "most" settings of a method are tried, for each of the architectures "most_each".
 FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}

@@ -24,7 +24,6 @@ from unlearnlib.methods.matching import (
     Match,
     Path,
     Walk,
-    best_setting,
     match_strength,
     sweep,
 )
@@ -56,7 +55,6 @@ __all__ = [
     "ascent_direction",
     "ascent_loss",
     "bartlett_diagonal",
-    "best_setting",
     "calibrated_damping",
     "choose",
     "descend",

@@ -223,16 +223,5 @@ def sweep(settings: Iterable[Any], path: Callable[[Any], Path], validation: Tens
     return pd.DataFrame(rows, columns=["setting", "validation_loss", "strength", "reached"])
 
 
-def best_setting(table: pd.DataFrame) -> Any:
-    """The setting of a :func:`sweep` that reached the target at the smallest validation loss.
-
-    Raises ValueError if none did.
-    """
-    reached = table[table["reached"]]
-    if reached.empty:
-        raise ValueError(f"none of the settings {table['setting'].tolist()} reaches the target: widen the grid")
-    return reached["setting"].tolist()[int(reached["validation_loss"].argmin())]
-
-
 def _distance(loss: float, target: float) -> float:
     return abs(loss - target) if math.isfinite(loss) else math.inf
