@@ -69,7 +69,7 @@ def first(cases):
     """The first case, with everything chosen and every method run."""
     case = cases[0]
     unlearner = real_model.Unlearner(
-        report_of(case, rounding=True, extraction=7), real_model.builders(case, **SIZES)
+        report_of(case, rounding=True, extraction=7), real_model.builders(case, **SIZES), max_steps=40
     )
     tables = {method: unlearner.choose(method, knobs, 5) for method, knobs in KNOBS.items()}
     unlearner.chosen["kfac:damped"] = {"damping": 10 * unlearner.chosen["kfac"]["damping"]}
@@ -185,7 +185,7 @@ def test_variants_of_kfac_differ_in_what_they_say(first):
 
 def test_later_cases_take_what_the_first_has_chosen(first, cases):
     chosen = first[0].chosen
-    other = real_model.Unlearner(report_of(cases[1]), real_model.builders(cases[1], **SIZES), chosen)
+    other = real_model.Unlearner(report_of(cases[1]), real_model.builders(cases[1], **SIZES), 40, chosen)
     other.run(("gradient_ascent", "kfac", "kfac:damped", "kfac:refreshed"), STEPS)
     assert all(match.reached for match in other.report.matches.values())
     assert other.kept == {}

@@ -34,9 +34,8 @@ from unlearnlib.weights import Vector, cosine, set_weights, snapshot
 
 T = TypeVar("T")
 
-BATCH_SIZE = 16
-MAX_STEPS = 40
-"""Of gradient difference: how many sequences of each set a step reads, and after how many steps it is given up."""
+BATCH_SIZE = 8
+"""How many sequences of each set a step of gradient difference reads."""
 
 ON_KFAC = ("kfac", "kfac:damped", "kfac:held", "kfac:refreshed")
 
@@ -91,15 +90,20 @@ class Unlearner:
     """Takes the original model of a case to matched forgetting by one method after another.
 
     ``model`` is the original, ``start`` its weights, and ``forget_gradient`` is Δ there. ``chosen`` has a setting
-    by method, as :meth:`choose` finds it or an earlier case has. Only K-FAC's curvature at the start is kept, of
+    by method, as :meth:`choose` finds it or an earlier case has. Gradient difference is given up after
+    ``max_steps`` steps. Only K-FAC's curvature at the start is kept, of
     the others their step: two curvatures of a large model may not fit into memory. ``spent`` are the plain passes
     that Δ and the curvatures took, by name. ``kept`` are weights to come back to, by method.
     """
 
     def __init__(
-        self, report: Report, builds: dict[str, Build], chosen: dict[str, dict[str, float]] | None = None
+        self,
+        report: Report,
+        builds: dict[str, Build],
+        max_steps: int,
+        chosen: dict[str, dict[str, float]] | None = None,
     ) -> None:
-        self.report, self.case, self.builds = report, report.case, builds
+        self.report, self.case, self.builds, self.max_steps = report, report.case, builds, max_steps
         self.chosen = {} if chosen is None else chosen
         self.model = self.case.original()
         self.start = snapshot(self.model)
@@ -158,7 +162,7 @@ class Unlearner:
             case.estimation,
             learning_rate,
             case.seed,
-            MAX_STEPS,
+            self.max_steps,
             BATCH_SIZE,
         )
 
