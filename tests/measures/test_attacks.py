@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,16 @@ def test_an_interval_of_a_rate_against_its_definition():
     assert stats.binom.sf(2, 20, low) == pytest.approx(0.025)
     assert stats.binom.cdf(3, 20, high) == pytest.approx(0.025)
     assert attacks.rate_interval(0, 64)[0] == 0
+
+
+@pytest.mark.parametrize("found", [0, 1, 3, 8])
+def test_the_chance_of_a_blind_attack_against_a_count_of_all_orders(found):
+    """In every order as likely as any other, ``found`` or more of 8 members stand above the second of 150."""
+    members, others = torch.full((8,), -1.0), torch.arange(150.0)
+    members[:found] = 148.5  # above all of the others but one
+    above = [math.comb(x + 1, x) * math.comb(8 - x + 148, 8 - x) for x in range(found, 9)]
+    expected = sum(above) / math.comb(158, 8)
+    assert attacks.rate_chance(members, others) == pytest.approx(expected, rel=1e-9)
 
 
 def shadow_game(seed=0, models=16, texts=300):

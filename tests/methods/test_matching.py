@@ -212,7 +212,7 @@ def test_a_line_starts_where_the_model_is_or_where_it_is_told_to():
     assert weights.norm(weights.difference(weights.snapshot(model), here)) == 0
 
 
-def test_a_setting_is_chosen_by_validation_among_those_that_reach_the_target():
+def test_a_sweep_gives_the_validation_loss_at_the_target_and_moves_nothing():
     model, forget, validation = tiny_model(), random_sequences(6), random_sequences(4, seed=1)
     start = weights.snapshot(model)
     delta = weights.mean_gradient(model, forget, sequence_losses)

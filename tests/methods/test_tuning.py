@@ -128,3 +128,19 @@ def test_a_model_is_left_where_it_started_and_its_passes_are_counted():
     assert choice.plain_passes >= 3 * len(forget) / 3
     # However long the direction, the place at the target is the same.
     assert choice.table["validation_loss"].max() - choice.table["validation_loss"].min() < 0.05
+
+
+def test_a_search_takes_the_smallest_worth_whatever_the_trial_tells():
+    """Trials that train a model have no target to miss; one that diverged is worth less than any other."""
+    losses = {1.0: math.nan, 2.0: 3.0, 4.0: 2.0, 8.0: 2.5}
+
+    def trial(rate):
+        matching.mean_loss(tiny_model(), random_sequences(5))
+        return (False, losses[rate]), {"loss": losses[rate]}
+
+    choice = tuning.search({"rate": (1.0, 2.0, 4.0)}, trial, most=4)
+    assert choice.setting == {"rate": 4.0}
+    assert choice.at_edge == ()
+    assert list(choice.table.columns) == ["rate", "loss", "plain_passes"]
+    assert choice.table["rate"].tolist() == [2.0, 1.0, 4.0, 8.0]
+    assert choice.table["plain_passes"].tolist() == [5 / 3] * 4

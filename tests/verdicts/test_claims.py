@@ -101,8 +101,8 @@ def test_c1_one_loss_on_one_corpus_fails_and_a_draw_leaves_it_open():
                 (table["corpus"] == "maths") & (table["method"] == method) & (table["metric"] == "holdout_loss")
             )
             table.loc[there, "value"] = loss
-            assert outcomes(claims.c1(table))[claim] == expected
-            assert outcomes(claims.c1(table))[1 - claim] == REPRODUCED
+            found = outcomes(claims.c1(table, ("reuters", "maths")))
+            assert (found[claim], found[1 - claim]) == (expected, REPRODUCED)
 
 
 def test_c1_rests_on_the_papers_own_estimate():
@@ -191,7 +191,7 @@ def test_a_method_that_is_missing_or_was_not_tuned_by_the_rule_was_not_run():
     tests = claims.c1(untuned)
     assert outcomes(tests) == (REPRODUCED, NOT_RUN)
     note = at(tests, method="kfac", against="gradient_difference", corpus="tales")["note"]
-    assert note == "no settings were chosen by the rule for gradient difference"
+    assert note == "gradient difference was not tuned by the rule"
     assert outcomes(claims.c1(table[table["metric"] != "settings_tried"])) == (NOT_RUN, NOT_RUN)
 
 
@@ -248,9 +248,10 @@ def test_c3_leaves_out_the_corpora_on_which_settings_were_chosen():
             matched(WINS, corpora=("tales", "socialiqa", "maths"), chosen_on=()),
         ]
     )
-    assert outcomes(claims.c1(bad_at_home)) == (NOT_REPRODUCED, NOT_REPRODUCED)
-    assert outcomes(claims.c3(bad_at_home)) == (REPRODUCED, REPRODUCED)
-    assert set(claims.c3(bad_at_home)["corpus"]) == {"tales", "socialiqa", "maths"}
+    assert outcomes(claims.c1(bad_at_home, ONE)) == (NOT_REPRODUCED, NOT_REPRODUCED)
+    elsewhere = claims.c3(bad_at_home)
+    assert outcomes(elsewhere) == (REPRODUCED, REPRODUCED)
+    assert set(elsewhere["corpus"]) == {"tales", "socialiqa", "maths"}
     bad_elsewhere = matched(WINS | {"fisher_recursion": 4.3 + WIGGLE[::-1]})
     assert outcomes(claims.c3(bad_elsewhere)) == (REPRODUCED, INCONCLUSIVE)
     assert outcomes(claims.c3(None)) == (NOT_RUN, NOT_RUN)
@@ -547,7 +548,7 @@ def test_c7_names_what_is_missing():
         ("method != 'kfac'", "K-FAC was not run"),
         (
             "method != 'dp_sgd:8' or metric != 'settings_tried'",
-            "no settings were chosen by the rule for DP-SGD (8)",
+            "DP-SGD (8) was not tuned by the rule",
         ),
     ):
         tests = claims.c7(table.query(missing))
@@ -630,8 +631,6 @@ def test_folder_of_results(tmp_path):
     tests = claims.all_tests(tmp_path)
     assert dict(rules.conclude(tests)) == dict.fromkeys(EVERY_CLAIM, REPRODUCED)
     assert set(tests["exhibit"]) == {*tables, "real_model"}
-    write_results(private((0.0, 0.2), (1.0, WIGGLE)), tmp_path, "dp_sgd")
-    assert rules.conclude(claims.all_tests(tmp_path))["C7"] == NOT_REPRODUCED
 
 
 def test_weakest_test_is_the_one_that_reaches_furthest_towards_failing():

@@ -45,9 +45,11 @@ def test_a_verdict_rests_on_what_is_against_it_or_missing_or_open_or_weakest():
     against = wording.why(rows_of(WIN, LOSS, DRAW))
     assert against.startswith("Deciding tests: 3, of which 1 came out against it (tales: fisher recursion")
     assert "+0.50" in against
-    missing = [rules.not_run("C1", "four_datasets"), rules.not_run("C1", "four_datasets", note="NPO was not run")]
+    notes = ("", "NPO was not run", "NPO was not run; K-FAC was not tuned by the rule")
+    missing = [rules.not_run("C1", "four_datasets", note=note) for note in notes]
     assert wording.why(pd.DataFrame([row_of(WIN), *missing, row_of(DRAW)])) == (
-        "Deciding tests: 4, of which 2 were not run: four_datasets (NPO was not run); four_datasets (no results)."
+        "Deciding tests: 5; not run: 3, of "
+        "four_datasets (no results, NPO was not run, K-FAC was not tuned by the rule)."
     )
     assert wording.why(pd.DataFrame([row_of(WIN, decides=False)])) == "No test decides."
     assert "of which 1 decided nothing (tales" in wording.why(rows_of(WIN, DRAW))

@@ -128,11 +128,11 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
         return adam(retain_loss, learning_rate)
 
     # A weight is in units of the loss that forgets over those of what keeps. NPO's is a sum over the tokens of a
-    # sequence; SimNPO's brake makes its gradient some sixteen times smaller than that of the forget loss.
+    # sequence; and the brakes of NPO and of SimNPO make gradients smaller, some sixteen times around a target.
     tokens = forget.shape[1] - 1
     of_npo, of_simnpo = (
         RATES | {"retain_weight": tuple(unit * weight for weight in WEIGHTS["retain_weight"])}
-        for unit in (tokens, 1 / 16)
+        for unit in (tokens / 16, 1 / 16)
     )
     both = "forget, retain"
     return {

@@ -88,13 +88,18 @@ class Strengths:
         rows = {name: getattr(self.case.splits, name) for name in ("forget", "holdout")}
         return {name: batched(sequence_losses, model, values) for name, values in rows.items()}
 
+    @functools.cached_property
+    def proxy_means(self) -> dict[str, float]:
+        """The mean losses on forget and holdout of a proxy that was trained with the former, in nats."""
+        knowing = self._proxy_losses(self.case.splits.train)
+        return {name: values.double().mean().item() for name, values in knowing.items()}
+
     def _proxy_twice(self, without: dict[str, Tensor]) -> Target:
         """The rise of the proxy's forget loss, as a share of that to its holdout loss, carried over."""
-        knowing = self._proxy_losses(self.case.splits.train)
-        mean = {name: values.double().mean().item() for name, values in knowing.items()}
-        share = (without["forget"].double().mean().item() - mean["forget"]) / (mean["holdout"] - mean["forget"])
+        start, end = (self.proxy_means[name] for name in ("forget", "holdout"))
+        share = (without["forget"].double().mean().item() - start) / (end - start)
         forget, holdout = (self.losses[name].double().mean().item() for name in ("forget", "holdout"))
-        return Target(forget + share * (holdout - forget), float("nan"))
+        return Target(forget + share * (holdout - forget))
 
     @functools.cached_property
     def curvature(self) -> Kronecker:
@@ -163,9 +168,11 @@ class Strengths:
         found = []
         for way, target in ({"retrained": Target(self.truth, 0.0)} | targets).items():
             match = line.to(target.loss)
-            values = {"estimate": target.loss, "error": target.loss - self.truth, "stated_error": target.error}
-            values |= self._left(line) | {"reached": float(match.reached)}
-            found += self.case.rows(way, {name: value for name, value in values.items() if value == value})
+            values = {"estimate": target.loss, "error": target.loss - self.truth, **self._left(line)}
+            values["reached"] = float(match.reached)
+            if target.error is not None:
+                values["stated_error"] = target.error
+            found += self.case.rows(way, values)
         return found
 
     def _line(self, curvature: Curvature, target: float) -> Line:

@@ -14,6 +14,7 @@ from unlearnlib.measures.attacks import (
     lira,
     normal_auc,
     normal_rate,
+    rate_chance,
     rate_interval,
     true_positive_rate,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "normal_rate",
     "probe",
     "rank_test",
+    "rate_chance",
     "rate_interval",
     "read",
     "relearning_curve",

@@ -42,6 +42,18 @@ def true_positive_rate(members: Tensor, others: Tensor, false_alarms: float = 0.
     return (members > threshold).double().mean().item()
 
 
+def rate_chance(members: Tensor, others: Tensor, false_alarms: float = 0.01) -> float:
+    """How likely a blind attack is to find as many ``members`` as :func:`true_positive_rate` says, or more.
+
+    Exact where all orders of the scores are equally likely: the number of members above the r-th highest of the
+    others is negative hypergeometric. Ties, which are not found, only make it larger.
+    Raises ValueError as that function does.
+    """
+    found = round(true_positive_rate(members, others, false_alarms) * len(members))
+    r = math.floor(false_alarms * len(others) + 1e-9) + 1
+    return float(stats.nhypergeom(len(members) + len(others), len(members), r).sf(found - 1))
+
+
 def rate_interval(found: int, members: int, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a rate of which ``found`` of ``members`` were counted (Clopper & Pearson 1934)."""
     low, high = stats.binomtest(found, members).proportion_ci(level, method="exact")

@@ -166,8 +166,8 @@ def _power_text(result: dict[str, Any]) -> list[str]:
     smallest = result["power"]["detectable_auc"]
     noticed = "no AUC is" if smallest is None else f"an AUC of {smallest:.2f} or more is"
     return [
-        f"With so many sequences {noticed} noticed four times in five or more often (at a level of 5 %, if they "
-        f"are independent); one of 0.7 is with probability {result['power']['power_at_0.7']:.2f}.",
+        f"With so many sequences {noticed} noticed at least four times in five, and one of 0.70 with a "
+        f"probability of {result['power']['power_at_0.7']:.2f}, at a level of 5 % and if they are independent.",
         "",
     ]
 

@@ -474,8 +474,8 @@ def _lacking(
         if not measured.issuperset(metrics):
             missing.append(f"{method_label(method)} was not run")
         elif method not in WITHOUT_KNOBS and SETTINGS_OF.get(method, method) not in chosen:
-            missing.append(f"no settings were chosen by the rule for {method_label(method)}")
-    return ", ".join(missing)
+            missing.append(f"{method_label(method)} was not tuned by the rule")
+    return "; ".join(missing)
 
 
 def _wide(table: pd.DataFrame, metric: str, methods: Sequence[str], over: str = "seed") -> pd.DataFrame:

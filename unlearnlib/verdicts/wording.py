@@ -73,11 +73,11 @@ def why(tests: pd.DataFrame) -> str:
     if len(against):
         return f"{number}, of which {len(against)} came out against it ({listed(against)})."
     if len(missing):
-        lacking = missing["note"].where(missing["note"] != "", "no results")
-        reasons = sorted(
-            {f"{exhibit} ({note})" for exhibit, note in zip(missing["exhibit"], lacking, strict=True)}
-        )
-        return f"{number}, of which {len(missing)} were not run: {'; '.join(reasons)}."
+        reasons = []
+        for exhibit, found in missing.groupby("exhibit", sort=False):
+            notes = found["note"].replace("", "no results").str.split("; ").explode().unique()
+            reasons.append(f"{exhibit} ({', '.join(notes)})")
+        return f"{number}; not run: {len(missing)}, of {'; '.join(reasons)}."
     if len(undecided):
         return f"{number}, of which {len(undecided)} decided nothing ({listed(undecided)})."
     return f"{number}, all on the claim's side; the weakest is {listed(weakest(deciding).to_frame().T)}."
