@@ -53,8 +53,8 @@ PRIVATE = {
     "left_out_seeds": {"maths": (4,)},
 }
 
-# Requests in a row: sequences of each; by the state after how many a setting is chosen, of how many.
-SERIES = {"size": 16, "opening": 3, "most": 12}
+# Requests in a row: sequences of each; after how many a setting is judged, of how many; steps of Adam for each.
+SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100}
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
@@ -413,7 +413,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
     },
     "repeated_requests": {
-        "quick": SERIES | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5},
+        "quick": SERIES
+        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
         "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
     },
