@@ -95,6 +95,22 @@ def test_if_all_miss_the_closest_is_taken_and_said_to_miss(tried):
     assert not choice.reached
 
 
+@pytest.mark.parametrize("breakdown", [matching.LeadsNowhere("nan"), FloatingPointError("inf")])
+def test_a_setting_at_which_numbers_break_down_is_the_worst_and_is_told(tried, breakdown):
+    inside = bowl(tried, {"damping": 1e-9}, reaches=lambda _: False)
+
+    def path(damping):
+        if damping < 1:
+            raise breakdown
+        return inside(damping=damping)
+
+    choice = choose(path, {"damping": GRID}, target=5.0)
+    assert choice.setting["damping"] >= 1.0
+    table = choice.table.set_index("damping")
+    assert math.isnan(table.loc[0.1, "validation_loss"])
+    assert not table["reached"].any()
+
+
 def test_a_method_without_knobs_is_tried_once(tried):
     choice = choose(bowl(tried, {}), {})
     assert (choice.setting, choice.tried, choice.at_edge) == ({}, 1, ())

@@ -127,13 +127,9 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
     def finetuning(learning_rate: float) -> Path:
         return adam(retain_loss, learning_rate)
 
-    # A weight is in units of the loss that forgets over those of what keeps. NPO's is a sum over the tokens of a
-    # sequence; and the brakes of NPO and of SimNPO make gradients smaller, some sixteen times around a target.
-    tokens = forget.shape[1] - 1
-    of_npo, of_simnpo = (
-        RATES | {"retain_weight": tuple(unit * weight for weight in WEIGHTS["retain_weight"])}
-        for unit in (tokens / 16, 1 / 16)
-    )
+    # A weight is in units of the loss that forgets over those of what keeps. SimNPO's brake makes its gradient
+    # some sixteen times smaller than that of the forget loss; NPO's does the same around a target, but is a sum.
+    of_simnpo = RATES | {"retain_weight": tuple(weight / 16 for weight in WEIGHTS["retain_weight"])}
     both = "forget, retain"
     return {
         "finetuned": Contender("retain", RATES, finetuning),
@@ -143,7 +139,7 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
         "gradient_ascent:kl": Contender(both, WEIGHTS, kl),
         "gradient_difference": Contender(both, WEIGHTS, difference),
         "npo": Contender("forget", RATES | {"beta": (1e-2, 1e-1, 1.0)}, npo),
-        "npo:retain": Contender(both, of_npo, npo_retain),
+        "npo:retain": Contender(both, WEIGHTS, npo_retain),
         "simnpo:retain": Contender(both, of_simnpo, simnpo),
         "rmu": Contender(both, WEIGHTS, rmu),
         "gradient_ascent:repaired": Contender(both, RATES | {"overshoot": (0.25, 0.5, 1.0)}, repaired),

@@ -155,10 +155,9 @@ def architectures(settings: Profile) -> dict[str, list[Profile]]:
     else:
         if settings.name == "quick":
             smaller, widths = FEWER, (32, 64)
-            training = Training(epochs=18, learning_rate=5e-3)
         else:
             smaller, widths = {"forget": 32, "retain": 480}, (48, 64, 96)
-            training = Training(epochs=15, learning_rate=3e-3)
+        training = Training(epochs=18, learning_rate=5e-3)
         settings = dataclasses.replace(settings, training=training, references=1, **smaller)
         small = {"OPT": small_opt, "GPT-2": small_gpt2, "Llama": small_llama, "GPT-NeoX": small_gpt_neox}
         shape = {"layers": 2, "context": settings.length}

@@ -84,6 +84,10 @@ def match_strength(
     return Match(best, tried[best], _distance(tried[best], target) <= tolerance, evaluations)
 
 
+class LeadsNowhere(ValueError):
+    """A direction that is zero or not finite, as of a λ too small for the precision of the numbers."""
+
+
 class Path(Protocol):
     """The way that a method takes ``model`` as it grows stronger, along which the forget loss rises.
 
@@ -102,7 +106,7 @@ class Line:
     """The path ``start + α direction`` of a method that takes one step; its strength is α.
 
     It starts from the weights that ``model`` has now, unless others are given. ``forget`` [n, tokens] are the
-    sequences whose loss is looked at. Raises ValueError if the direction is zero or not finite.
+    sequences whose loss is looked at. Raises LeadsNowhere, a ValueError, if the direction is zero or not finite.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Line:
         self.start = snapshot(model) if start is None else start
         self.length = norm(direction)
         if not (self.length > 0 and math.isfinite(self.length)):
-            raise ValueError(f"the direction has length {self.length}: it leads nowhere")
+            raise LeadsNowhere(f"the direction has length {self.length}: it leads nowhere")
 
     def to(self, target: float) -> Match:
         """Put the model where its loss is ``target`` nats; the first α moves the weights by 1 % of their norm."""

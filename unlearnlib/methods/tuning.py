@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unlearnlib.losses import counted_passes, mean_loss
-from unlearnlib.methods.matching import Path
+from unlearnlib.methods.matching import LeadsNowhere, Path
 from unlearnlib.weights import set_weights
 
 MOST = 12
@@ -63,14 +63,19 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
 
     ``path(**setting)`` is the path of the method with a value for each knob; a model that it shares with others
     stands where it started when it is called. The search is :func:`search`. A setting that does not reach the
-    target is worse than any that does; of two such, the one that comes closer is better.
+    target is worse than any that does; of two such, the one that comes closer is better. Worst is one at which
+    numbers break down, such as a λ below what single precision can resolve.
 
     Raises ValueError as :func:`search`.
     """
 
     def trial(**setting: float) -> tuple[Worth, dict[str, Any]]:
-        way = path(**setting)
-        match = way.to(target)
+        try:
+            way = path(**setting)
+            match = way.to(target)
+        except (LeadsNowhere, FloatingPointError):
+            told = dict.fromkeys(("validation_loss", "forget_loss", "strength"), math.nan)
+            return (True, math.inf), told | {"reached": False}
         loss = mean_loss(way.model, validation)
         set_weights(way.model, way.start)
         row = {"validation_loss": loss, "forget_loss": match.loss, "strength": match.strength}
