@@ -132,7 +132,7 @@ OWN_MODEL = {
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
-    "unlearning_problem": {"quick": {}, "cpu": {}, "gpu": {}},
+    "unlearning_problem": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {
         "quick": {
             "seeds": 1,
@@ -242,7 +242,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
-        "quick": FISHER_UPDATES | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "max_steps": 60},
+        "quick": FISHER_UPDATES
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
     },
@@ -299,6 +300,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "holdout": 12,
             "seeds": 1,
             "m_factors": 35,
+            "most": 5,
             "max_steps": 10,
             "knobs": {
                 "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
@@ -312,7 +314,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "rounded": 8,
             "timed": 8,
             "elsewhere": 6,
-            "relearning_steps": 3,
+            "relearning_steps": 2,
             "relearning_rate": 5e-5,
         },
         "cpu": REAL_MODEL
