@@ -350,7 +350,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "forget": 32,
             "retain": 256,
             "holdout": 112,
-            "relearning_steps": 10,
+            "relearning_steps": 6,
             "m": 192,
             "m_recursion": 192,
             "block_size": 64,
