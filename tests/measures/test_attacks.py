@@ -130,3 +130,11 @@ def test_the_normal_formulas_against_many_draws():
     # Equal means, so that no attack by the mean can succeed, and still far more than 1 % are found.
     assert attacks.normal_auc((0, 2), (0, 1)) == 0.5
     assert attacks.normal_rate((0, 2), (0, 1)) == pytest.approx(stats.norm.cdf(-2.3263 / 2), abs=1e-4)
+
+
+@pytest.mark.parametrize("members", [[float("nan"), 1.0], [float("inf"), 1.0]])
+def test_scores_that_are_not_finite_are_no_attack(members):
+    with pytest.raises(ValueError, match="not finite"):
+        attacks.true_positive_rate(torch.tensor(members), torch.zeros(200))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        attacks.true_positive_rate(torch.zeros(3), torch.zeros(200), false_alarms=1.0)

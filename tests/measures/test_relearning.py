@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_what_shares_its_content_comes_back_and_what_does_not_stays_away():
 def test_fall_by_hand():
     assert relearning.fall([4.0, 3.5, 3.75, 3.9]) == 0.5
     assert relearning.fall([4.0, 4.5]) == 0
+    assert math.isnan(relearning.fall([1.0, float("nan"), 0.5]))  # diverged: not "nothing came back"
 
 
 def test_what_ascent_hid_falls_further_than_what_was_never_learnt():

@@ -112,3 +112,15 @@ def test_too_little_or_what_does_not_fit_is_refused(holdout, forget, difficulty)
         targets.fitted_target(torch.ones(holdout), torch.ones(forget), torch.ones(difficulty))
     with pytest.raises(ValueError, match="fewer than two losses"):
         targets.gap_target(torch.ones(3), torch.ones(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("constant", [3.1, 0.7, 2.3])
+def test_difficulties_that_are_all_equal_say_nothing(constant):
+    x = torch.full((7,), constant, dtype=torch.float64)
+    holdout = torch.linspace(2.9, 3.2, 7, dtype=torch.float64)
+    assert targets.fitted_target(holdout, x[:3] + 0.4, x).loss == pytest.approx(3.05, abs=1e-12)
+
+
+def test_a_gap_needs_something_to_forget():
+    with pytest.raises(ValueError, match="0 forget"):
+        targets.gap_target(torch.empty(0), torch.ones(3), torch.ones(3))

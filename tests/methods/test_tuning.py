@@ -160,3 +160,15 @@ def test_a_search_takes_the_smallest_worth_whatever_the_trial_tells():
     assert list(choice.table.columns) == ["rate", "loss", "plain_passes"]
     assert choice.table["rate"].tolist() == [2.0, 1.0, 4.0, 8.0]
     assert choice.table["plain_passes"].tolist() == [5 / 3] * 4
+
+
+def test_settings_that_are_all_equally_bad_do_not_draw_the_search_after_them(tried):
+    path = bowl(tried, {"damping": 1.0}, reaches=lambda _: False, ends=lambda _: 1.0)
+    choice = choose(path, {"damping": GRID}, target=0.0)
+    assert (choice.setting, choice.tried) == ({"damping": 1.0}, 3)
+
+
+def test_a_setting_whose_validation_loss_is_no_number_has_missed(tried, monkeypatch):
+    monkeypatch.setattr(tuning, "mean_loss", lambda model, rows: math.nan)
+    choice = choose(bowl(tried, {"damping": 1.0}), {"damping": GRID})
+    assert not choice.reached

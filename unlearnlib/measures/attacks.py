@@ -30,8 +30,13 @@ def true_positive_rate(members: Tensor, others: Tensor, false_alarms: float = 0.
 
     Found is what scores *above* the threshold, which is the score of one of the others: so ties are not found, and
     the share of false alarms is never exceeded. Few others cannot tell what is rare.
-    Raises ValueError if there is no member, or if one of the others is more than ``false_alarms`` of them.
+    Raises ValueError if there is no member, if one of the others is more than ``false_alarms`` of them, or for
+    scores that are not finite.
     """
+    if not (members.isfinite().all() and others.isfinite().all()):
+        raise ValueError("some scores are not finite: a model whose losses overflow cannot be attacked by them")
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"the share of false alarms must lie between 0 and 1, not {false_alarms}")
     allowed = math.floor(false_alarms * len(others) + 1e-9)
     if len(members) == 0 or allowed < 1:
         raise ValueError(

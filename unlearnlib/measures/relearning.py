@@ -1,6 +1,7 @@
 """The relearning probe: was the text erased, or only hidden?"""
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -53,8 +54,11 @@ def probe(
 def fall(curve: list[float]) -> float:
     """How far a relearning curve falls below its start, in nats; 0 if it only rises.
 
-    The metric ``relearned_nats`` is the fall of a model minus the fall of the retrained model.
+    NaN if any of the losses is not finite: a probe that diverged says nothing. The metric ``relearned_nats`` is
+    the fall of a model minus the fall of the retrained model.
     """
+    if not all(map(math.isfinite, curve)):
+        return math.nan
     return curve[0] - min(curve)
 
 

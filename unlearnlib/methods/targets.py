@@ -39,8 +39,10 @@ def gap_target(forget: Tensor, retain: Tensor, holdout: Tensor) -> Target:
     It supposes that what a text gains from having been read is the same for all, and takes its difficulty from
     the loss that is left. The error is that of the gap, √(s_H²/m + s_R²/n₊): of n₋ it has no part, since how much
     the gain differs from text to text cannot be seen without a retrained model.
-    Raises ValueError for fewer than two retain or holdout losses.
+    Raises ValueError for no forget loss, or fewer than two retain or holdout losses.
     """
+    if len(forget) < 1:
+        raise ValueError("there are 0 forget losses: a gap is added to the mean of at least one")
     if min(len(retain), len(holdout)) < 2:
         raise ValueError("fewer than two losses have no spread: give more texts to keep and more unseen ones")
     variance = sum(losses.double().var() / len(losses) for losses in (retain, holdout))
@@ -64,10 +66,11 @@ def fitted_target(holdout: Tensor, forget_difficulty: Tensor, holdout_difficulty
             "a line needs three of the first, as many of the second, and one of the third"
         )
     spread, away = (x - x.mean()).square().sum(), new.mean() - x.mean()
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else torch.zeros(())
+    varies = x.max() > x.min()  # a mean of equal values is rounded, and their spread need not be 0
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if varies else torch.zeros(())
     left = y - y.mean() - slope * (x - x.mean())
-    variance = left.square().sum() / (len(y) - (2 if spread > 0 else 1))
-    factor = 1 / len(new) + 1 / len(y) + (away.square() / spread if spread > 0 else 0)
+    variance = left.square().sum() / (len(y) - (2 if varies else 1))
+    factor = 1 / len(new) + 1 / len(y) + (away.square() / spread if varies else 0)
     return Target((y.mean() + slope * away).item(), math.sqrt(variance * factor))
 
 

@@ -79,8 +79,9 @@ def choose(knobs: Knobs, path: Callable[..., Path], validation: Tensor, target: 
         loss = mean_loss(way.model, validation)
         set_weights(way.model, way.start)
         row = {"validation_loss": loss, "forget_loss": match.loss, "strength": match.strength}
-        off = loss if match.reached else abs(match.loss - target)
-        return (not match.reached, off), row | {"reached": match.reached}
+        reached = match.reached and math.isfinite(loss)
+        off = loss if reached else abs(match.loss - target)
+        return (not reached, off), row | {"reached": reached}
 
     return search(knobs, trial, most)
 
@@ -124,7 +125,8 @@ def search(knobs: Knobs, trial: Callable[..., tuple[Worth, dict[str, Any]]], mos
                 if len(tried) < most:
                     worth(best | {name: value})
             known = [value for value in grid if tuple((best | {name: value}).values()) in tried]
-            value = min(known, key=lambda value: worth(best | {name: value}))
+            # Among equals it stays where it is: settings that all lead nowhere must not draw the grid after them.
+            value = min(known, key=lambda value: (worth(best | {name: value}), value != best[name]))
             if len(tried) >= most or value not in (grid[0], grid[-1]):
                 return value
             if value == grid[0]:

@@ -28,8 +28,8 @@ class Request:
     them, ``secrets`` a list or a file of one a line, and ``output`` a folder that does not exist yet. ``strength``
     is a number in the unit of ``STRENGTHS``, or ``"match"``: then the forget loss is brought to ``target_loss``
     nats, or where that is None to the loss of ``reference``. With ``"estimate"`` the target is estimated from the
-    losses on holdout texts (:func:`unlearnlib.own.targets.estimate_target`). ``earlier_forget_files`` are those of
-    requests that were served before: all sets are forgotten together, by the model that has forgotten none.
+    losses on holdout texts (:func:`unlearnlib.own.targets.estimate_targets`). ``earlier_forget_files`` are those
+    of requests that were served before: all sets are forgotten together, by the model that has forgotten none.
     Texts are cut into sequences of ``length`` tokens. ``damping`` is λ and ``retain_weight`` the weight of what
     stays in gradient difference; None has either chosen on the validation part of the retained texts. ``noise`` is
     the length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for

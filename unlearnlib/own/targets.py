@@ -36,5 +36,5 @@ def beyond_difficulty(losses: dict[str, Tensor], difficulty: dict[str, Tensor]) 
     """
     x, y = difficulty["holdout"].double(), losses["holdout"].double()
     spread = (x - x.mean()).square().sum()
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else torch.zeros(())
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if x.max() > x.min() else torch.zeros(())
     return {name: losses[name].double() - slope * difficulty[name].double() for name in losses}
