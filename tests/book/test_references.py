@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pybtex.database
 import pytest
 
 from unlearnlib.book.imports import imported_files
@@ -39,6 +40,11 @@ def test_every_entry_is_cited_and_every_citation_has_an_entry():
     assert len(ENTRIES) == len(set(ENTRIES))
     assert sorted(set(ENTRIES) - cited()) == []
     assert sorted(cited() - set(ENTRIES)) == []
+
+
+def test_the_bibliography_can_be_read():
+    parsed = pybtex.database.parse_file(str(ROOT / "book" / "references.bib"))
+    assert {key.casefold() for key in parsed.entries} == {key.casefold() for key in ENTRIES}
 
 
 def test_no_work_has_two_entries():
