@@ -2,40 +2,21 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_tales import TINY, tiny_cases
 
-from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment import chapters, comparison, fair_fight, profiles
 from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import sequence_losses
-from unlearnlib.models import loading
-from unlearnlib.models.training import Training
 from unlearnlib.verdicts import results
 
-PROFILE = dataclasses.replace(
-    profiles.PROFILES["quick"],
-    corpus="tales",
-    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
-    vocabulary=300,
-    length=24,
-    forget=6,
-    retain=30,
-    holdout=10,
-    training=Training(epochs=2, learning_rate=1e-2),
-    relearning_steps=2,
-    references=0,
-    seeds=(0,),
-)
+PROFILE = dataclasses.replace(TINY, relearning_steps=2, references=0)
 
 
 @pytest.fixture(scope="module")
 def fought(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        corpus = one_case.load_corpus("tales")  # from the user's cache
-        patch.setattr(one_case, "load_corpus", lambda name: corpus)
-        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        [case] = one_case.make_cases(PROFILE)
+    with tiny_cases(PROFILE, tmp_path_factory.mktemp("cache")) as [case]:
         report = Report(case, case.retrained(), shares=(1.0,))
         builds = curvature_builders(case.estimation)
         chosen = comparison.choose_settings(report, ("gradient_ascent", "kfac"), builds, most=3)

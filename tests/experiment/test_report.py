@@ -5,6 +5,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from tiny_tales import TINY, tiny_cases
 
 from unlearnlib import weights
 from unlearnlib.experiment import case as one_case
@@ -13,31 +14,15 @@ from unlearnlib.experiment.report import SHARES, Report, frontier_table, results
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
 from unlearnlib.methods import first_order, matching, walks
-from unlearnlib.models import loading
-from unlearnlib.models.training import Training
 from unlearnlib.verdicts import results
 
-TINY_PROFILE = dataclasses.replace(
-    profiles.PROFILES["quick"],
-    corpus="tales",
-    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
-    vocabulary=300,
-    length=24,
-    forget=6,
-    retain=30,
-    holdout=10,
-    training=Training(epochs=2, learning_rate=1e-2),
-    seeds=(0, 1),
-)
+TINY_PROFILE = dataclasses.replace(TINY, seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        corpus = one_case.load_corpus("tales")  # from the user's cache
-        patch.setattr(one_case, "load_corpus", lambda name: corpus)
-        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield one_case.make_cases(TINY_PROFILE)
+    with tiny_cases(TINY_PROFILE, tmp_path_factory.mktemp("cache")) as made:
+        yield made
 
 
 def test_the_three_models_are_trained_on_what_their_names_say(cases):

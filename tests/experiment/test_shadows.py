@@ -2,35 +2,19 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_tales import TINY, tiny_cases
 
-from unlearnlib.experiment import case as one_case
-from unlearnlib.experiment import profiles
 from unlearnlib.experiment.shadows import Shadows
 from unlearnlib.losses import batched, sequence_losses
-from unlearnlib.models import loading
 from unlearnlib.models.training import Training
 
-TINY = dataclasses.replace(
-    profiles.PROFILES["quick"],
-    corpus="tales",
-    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
-    vocabulary=300,
-    length=24,
-    forget=6,
-    retain=30,
-    holdout=11,
-    training=Training(epochs=2, learning_rate=1e-2),
-    seeds=(0,),
-)
+PROFILE = dataclasses.replace(TINY, holdout=11)
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        corpus = one_case.load_corpus("tales")  # from the user's cache
-        patch.setattr(one_case, "load_corpus", lambda name: corpus)
-        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield one_case.make_cases(TINY)[0]
+    with tiny_cases(PROFILE, tmp_path_factory.mktemp("cache")) as [only]:
+        yield only
 
 
 def test_every_sequence_is_inside_of_half_of_the_models_and_each_trains_on_what_it_says(case):

@@ -4,11 +4,10 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import linregress
+from tiny_tales import TINY, tiny_cases
 
 from unlearnlib import weights
 from unlearnlib.curvature import kronecker
-from unlearnlib.experiment import case as one_case
-from unlearnlib.experiment import profiles
 from unlearnlib.experiment.strengths import Strengths
 from unlearnlib.losses import batched, mean_loss, sequence_losses
 from unlearnlib.models import loading
@@ -16,27 +15,12 @@ from unlearnlib.models.training import Training, load_trained
 
 PROXY, PROXY_TRAINING = loading.small_opt(300, hidden_size=8, layers=1, heads=2), Training(3, learning_rate=1e-2)
 DAMPINGS = (1e-5, 1e-3, 1e-1, 10.0)
-PROFILE = dataclasses.replace(
-    profiles.PROFILES["quick"],
-    corpus="tales",
-    model=loading.small_opt(300, hidden_size=16, layers=1, heads=2),
-    vocabulary=300,
-    length=24,
-    forget=6,
-    retain=30,
-    holdout=12,
-    training=Training(epochs=30, learning_rate=1e-2),
-    seeds=(0,),
-)
+PROFILE = dataclasses.replace(TINY, holdout=12, training=Training(epochs=30, learning_rate=1e-2))
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        corpus = one_case.load_corpus("tales")  # from the user's cache
-        patch.setattr(one_case, "load_corpus", lambda name: corpus)
-        patch.setenv("UNLEARNLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        [case] = one_case.make_cases(PROFILE)
+    with tiny_cases(PROFILE, tmp_path_factory.mktemp("cache")) as [case]:
         yield Strengths(case, PROXY, PROXY_TRAINING, DAMPINGS)
 
 
