@@ -124,7 +124,7 @@ FAIR_FIGHT = {
     "max_steps": 200,
 }
 
-# The proxy of chapter 15 is to be cheap: smaller than the model, and trained for a shorter time.
+# The proxy of chapter 19 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
