@@ -10,7 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
+from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
@@ -129,6 +129,34 @@ OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
     "dampings": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+}
+
+# "forget" counts the candidates of chapter 14, all of which are scored, and "retain" what is never removed; of the
+# "repeats" in which every model is trained, methods are served in the first "served".
+ONION = {
+    "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+    "length": 32,
+    "forget": 256,
+    "retain": 64,
+    "holdout": 256,
+    "training": Training(epochs=4, batch_size=16, learning_rate=4e-3),
+    "shadows": 16,
+    "layer": 64,
+    "draws": 2,
+    "repeats": 4,
+    "served": 2,
+    "false_alarms": 0.01,
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_difference",
+        "fisher_recursion",
+        "fisher_diagonal",
+        "kfac",
+    ),
+    "most": 12,
+    "max_steps": 200,
+    "curvatures": {"m_recursion": 192, "block_size": 64, "m_factors": 192},
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -419,6 +447,29 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
         "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
+    },
+    "onion": {
+        "quick": ONION
+        | {
+            "seeds": 1,
+            "shadows": 12,
+            "methods": ("gradient_ascent", "gradient_difference", "fisher_recursion", "fisher_diagonal", "kfac"),
+            "most": 5,
+            "max_steps": 100,
+        },
+        "cpu": ONION | {"seeds": 5, "forget": 512, "holdout": 512, "layer": 128, "repeats": 6, "served": 3},
+        "gpu": ONION
+        | {
+            "model": GPU.model,
+            "length": 64,
+            "training": Training(epochs=2, learning_rate=1e-4),
+            "seeds": 3,
+            "forget": 512,
+            "holdout": 512,
+            "layer": 128,
+            "shadows": 8,
+            "curvatures": {"m_recursion": 16, "block_size": 64, "m_factors": 384},
+        },
     },
     "own_model": {
         "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},
