@@ -10,6 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+from unlearnlib.experiment.paper import PAPER
 from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
@@ -17,6 +18,7 @@ from unlearnlib.models.training import Training
 # What chapters 10 and 11 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
 SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
+PAPERS_INVERSE = {"m_recursion": PAPER.gradients, "block_size": PAPER.block_size}
 CASE_STUDIES = {
     "corpus": "posts",
     "length": 64,
@@ -226,8 +228,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "second_seeds": 1,
             "most": 12,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 64,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "block_sizes": (1, 4, 32, 64, 256),
             "few": (8,),
             "blank": small_opt(2048),
@@ -245,7 +247,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": FISHER_UPDATES
         | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
-        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+        "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
     "fair_fight": {
         "quick": FAIR_FIGHT
@@ -260,7 +262,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 100,
         },
         "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
-        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
+        "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
     },
     "cost": {
         "quick": {
@@ -374,14 +376,15 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "requests": (1, 8, 32, 128),
         },
         "gpu": {
-            "corpora": "lambada,piqa,mathqa,arc_easy",
+            "corpora": PAPER.corpora,
             "seeds": 3,
+            # The smallest of them has no more.
             "length": 64,
             "retain": 640,
             "holdout": 192,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 16,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
             "max_steps": 200,
@@ -400,7 +403,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 60,
         },
         "cpu": CASE_STUDIES | SMALL_CASES,
-        "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
+        "gpu": CASE_STUDIES | PAPERS_INVERSE | {"passage_length": 128},
     },
     "dp_sgd": {
         "quick": PRIVATE
@@ -412,7 +415,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "shorter": (1, 3, 5),
         },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
-        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984, "epsilons": PAPER.epsilons},
     },
     "repeated_requests": {
         "quick": SERIES
