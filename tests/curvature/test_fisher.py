@@ -83,9 +83,13 @@ def test_recursion_is_the_matrix_of_blocks(block_size, gradients, v):
 
 
 @pytest.mark.parametrize("at_once", [2, 3, M, 50])
-def test_recursion_gives_the_same_however_many_gradients_a_step_takes(at_once, gradients, v):
+@pytest.mark.parametrize("block_size", [1, 5, 1000])
+def test_recursion_gives_the_same_however_many_gradients_a_step_takes(at_once, block_size, gradients, v):
     assert M % 3
-    check(fisher_recursion.FisherRecursion(gradients, 5, at_once), explicit(gradients, 5), v)
+    check(fisher_recursion.FisherRecursion(gradients, block_size, at_once), explicit(gradients, block_size), v)
+    matrices = torch.randn(3, M, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    one_by_one = fisher_recursion.sherman_morrison(matrices, DAMPING)
+    torch.testing.assert_close(fisher_recursion.woodbury(matrices, DAMPING, at_once), one_by_one)
 
 
 def test_recursion_over_several_chunks(gradients, v, monkeypatch):

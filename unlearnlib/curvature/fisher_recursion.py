@@ -20,6 +20,7 @@ class FisherRecursion:
     last of which may be smaller; ``block_size >= d`` keeps all of F. The recursion starts from I/λ, so each λ
     runs it afresh, in O(m d block_size) time; the inverse of the last λ is kept, d · block_size numbers. One
     gradient a step is WoodFisher's; several give the same inverse, several times as fast (:func:`woodbury`).
+    Smaller blocks than a step has gradients take one at a time, which is faster for them.
 
     Raises ValueError for a block of less than one weight, or a step of less than one gradient.
     """
@@ -61,10 +62,9 @@ class FisherRecursion:
             inverse = self.blocks.new_empty(number, size, size)
             at_once = max(1, self.chunk // size**2)
             for result, part in zip(inverse.split(at_once), self.blocks.split(at_once), strict=True):
-                if self.at_once == 1:
-                    result.copy_(sherman_morrison(part, damping))
-                else:
-                    result.copy_(woodbury(part, damping, self.at_once))
+                one_by_one = self.at_once == 1 or size < self.at_once
+                inverted = sherman_morrison(part, damping) if one_by_one else woodbury(part, damping, self.at_once)
+                result.copy_(inverted)
             self._inverse = damping, inverse
         return self._inverse[1]
 
