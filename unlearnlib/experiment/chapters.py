@@ -242,7 +242,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
         "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
@@ -301,11 +301,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "last_blocks": 4,
             "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
             "length": 24,
-            "forget": 12,
-            "retain": 40,
-            "holdout": 12,
+            "forget": 8,
+            "retain": 32,
+            "holdout": 8,
             "seeds": 1,
-            "m_factors": 35,
+            "m_factors": 28,
             "most": 5,
             "max_steps": 10,
             "knobs": {
@@ -319,7 +319,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "deep": {},
             "rounded": 8,
             "timed": 8,
-            "elsewhere": 6,
+            "elsewhere": 4,
             "relearning_steps": 2,
             "relearning_rate": 5e-5,
         },
@@ -424,9 +424,10 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": SERIES
         | SHORT_PROBE
         | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
-        | {"m_dual": 128, "m_recursion": 128},
+        | {"m_dual": 128, "m_recursion": 128, "references": 1},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
-        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64, "m_recursion": 16},
+        "gpu": SERIES
+        | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64, "m_recursion": 16, "block_size": 16},
     },
     "own_model": {
         "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},

@@ -105,7 +105,8 @@ def fisher_step(
 
     def step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
         if refresh or not current:
-            current[:] = [build(model)]
+            current.clear()  # before the next is built, as two of them may not fit into memory
+            current.append(build(model))
         [curvature] = current
         start, delta = snapshot(model), ascent_direction(model, forget)
         if kept is not None:
