@@ -8,6 +8,7 @@ from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
+from unlearnlib.experiment.request_series import RequestSeries, broken_down
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
 from unlearnlib.experiment.shadows import Shadows
 from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
@@ -19,8 +20,10 @@ __all__ = [
     "Profile",
     "Report",
     "RequestCase",
+    "RequestSeries",
     "Shadows",
     "architectures",
+    "broken_down",
     "chapter",
     "choose_settings",
     "contenders_on",

@@ -56,7 +56,10 @@ PRIVATE = {
 }
 
 # Requests in a row: sequences of each; after how many a setting is judged, of how many; steps of Adam for each.
-SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100}
+SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100, "block_size": 64}
+# A relearning probe in a third of the steps, each three times as large, for the largest models of quick.
+SHORT_PROBE = {"relearning_steps": 10, "relearning_rate": 3e-4}
+
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
@@ -165,7 +168,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "sequences": 64,
             "steps": 20,
@@ -195,7 +199,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fisher": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "second_seeds": 1,
             "most": 6,
@@ -239,12 +244,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": {"seeds": 2, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
         "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
+        | SHORT_PROBE
         | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
@@ -297,11 +303,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "last_blocks": 4,
             "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
             "length": 24,
-            "forget": 12,
-            "retain": 40,
-            "holdout": 12,
+            "forget": 8,
+            "retain": 32,
+            "holdout": 8,
             "seeds": 1,
-            "m_factors": 35,
+            "m_factors": 28,
             "most": 5,
             "max_steps": 10,
             "knobs": {
@@ -315,7 +321,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "deep": {},
             "rounded": 8,
             "timed": 8,
-            "elsewhere": 6,
+            "elsewhere": 4,
             "relearning_steps": 2,
             "relearning_rate": 5e-5,
         },
@@ -419,9 +425,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "repeated_requests": {
         "quick": SERIES
-        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
-        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
-        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
+        | SHORT_PROBE
+        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
+        | {"m_dual": 128, "m_recursion": 128, "references": 1},
+        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
+        "gpu": SERIES
+        | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64, "m_recursion": 16, "block_size": 16},
     },
     "own_model": {
         "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},
