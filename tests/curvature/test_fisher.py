@@ -92,8 +92,15 @@ def test_recursion_gives_the_same_however_many_gradients_a_step_takes(at_once, b
     torch.testing.assert_close(fisher_recursion.woodbury(matrices, DAMPING, at_once), one_by_one)
 
 
-def test_recursion_over_several_chunks(gradients, v, monkeypatch):
-    monkeypatch.setattr(fisher_recursion.FisherRecursion, "chunk", 50)
+@pytest.mark.parametrize("size", [1, 64, 512, 600])
+def test_blocks_at_once_fit_a_cache(size):
+    here, gpu = (fisher_recursion.blocks_at_once(size, device) for device in ("cpu", "cuda"))
+    assert here == max(1, 2**18 // size**2)
+    assert gpu == 2**23 // size**2
+
+
+def test_recursion_over_several_parts(gradients, v, monkeypatch):
+    monkeypatch.setattr(fisher_recursion, "blocks_at_once", lambda size, device: 2)
     check(fisher_recursion.FisherRecursion(gradients, 5), explicit(gradients, 5), v)
 
 
