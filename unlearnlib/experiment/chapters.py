@@ -129,6 +129,27 @@ FAIR_FIGHT = {
     "max_steps": 200,
 }
 
+# Methods of the fair fight whose movements are looked at, with "products" sequences in the exact curvature and
+# "krylov" steps of Lanczos's method; "top" singular vectors of a matrix span what has moved.
+MOVED = FAIR_FIGHT | {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_difference",
+        "npo:retain",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+    ),
+    "references": 0,
+    "products": 128,
+    "krylov": 40,
+    "top": 4,
+}
+
 # The proxy of chapter 19 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
@@ -269,6 +290,20 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
         "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
+    },
+    "moved_weights": {
+        "quick": MOVED
+        | {
+            "seeds": 1,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": MOVED | SMALL_CASES | {"seeds": 5, "top": 8},
+        "gpu": MOVED
+        | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16, "top": 16},
     },
     "cost": {
         "quick": {
