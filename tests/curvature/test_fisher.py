@@ -82,8 +82,15 @@ def test_recursion_is_the_matrix_of_blocks(block_size, gradients, v):
     check(fisher_recursion.FisherRecursion(gradients, block_size), explicit(gradients, block_size), v)
 
 
-def test_recursion_over_several_chunks(gradients, v, monkeypatch):
-    monkeypatch.setattr(fisher_recursion.FisherRecursion, "chunk", 50)
+@pytest.mark.parametrize("size", [1, 64, 512, 600])
+def test_blocks_at_once_fit_a_cache(size):
+    here, gpu = (fisher_recursion.blocks_at_once(size, device) for device in ("cpu", "cuda"))
+    assert here == max(1, 2**18 // size**2)
+    assert gpu == 2**23 // size**2
+
+
+def test_recursion_over_several_parts(gradients, v, monkeypatch):
+    monkeypatch.setattr(fisher_recursion, "blocks_at_once", lambda size, device: 2)
     check(fisher_recursion.FisherRecursion(gradients, 5), explicit(gradients, 5), v)
 
 

@@ -21,8 +21,6 @@ class FisherRecursion:
     runs it afresh, in O(m d block_size) time; the inverse of the last λ is kept, d · block_size numbers.
     """
 
-    chunk = 2**18  # entries of inverses at work at a time: few enough to stay in a processor's cache
-
     def __init__(self, gradients: Tensor, block_size: int) -> None:
         if block_size < 1:
             raise ValueError(f"the block size must be at least 1, not {block_size}")
@@ -53,7 +51,7 @@ class FisherRecursion:
         if self._inverse is None or self._inverse[0] != damping:
             number, _, size = self.blocks.shape
             inverse = self.blocks.new_empty(number, size, size)
-            at_once = max(1, self.chunk // size**2)
+            at_once = blocks_at_once(size, inverse.device)
             for result, part in zip(inverse.split(at_once), self.blocks.split(at_once), strict=True):
                 result.copy_(sherman_morrison(part, damping))
             self._inverse = damping, inverse
@@ -62,6 +60,16 @@ class FisherRecursion:
     def _apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
         row = torch.nn.functional.pad(flatten(v), (0, -self.d % self.blocks.shape[2]))
         return unflatten(function(row.view(len(self.blocks), -1, 1)).reshape(-1)[: self.d], v)
+
+
+def blocks_at_once(size: int, device: torch.device | str) -> int:
+    """How many blocks of ``size`` weights are inverted together: as many as fit in a processor's cache, or one.
+
+    A GPU's cache is larger, and so it should be: each of the m steps is started anew, and with few blocks the
+    GPU would wait for that.
+    """
+    entries = 2**23 if torch.device(device).type == "cuda" else 2**18
+    return max(1, entries // size**2)
 
 
 def sherman_morrison(blocks: Tensor, damping: float) -> Tensor:
