@@ -98,8 +98,8 @@ def fisher_step(
 
     With ``kept`` sequences the direction is C⁻¹(Δ − g), with g the gradient of their loss: gradient difference
     with curvature. With ``noise`` > 0 it is Fisher Forgetting: before the step, and even if there is none to take,
-    noise C^(-1/4) n is added, scaled so that C, taken for the Hessian, expects that many nats of damage from it. It
-    is drawn anew for each request, from ``seed``.
+    noise C^(-1/4) n is added, scaled so that C, taken for the Hessian, expects that many nats of damage from it.
+    It is drawn anew for each request, from ``seed``.
     """
     current: list[Curvature] = []
 
