@@ -249,7 +249,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "fisher_updates": {
         "quick": FISHER_UPDATES
         | SHORT_PROBE
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 5, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
     },
@@ -317,7 +317,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "methods": REAL_MODEL["compared"],
             "deep": {},
-            "rounded": 8,
+            "rounded": 4,
             "timed": 8,
             "elsewhere": 4,
             "relearning_steps": 2,
