@@ -298,16 +298,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": REAL_MODEL
         | {
             "model": SMOLLM2,
-            "last_blocks": 4,
+            "last_blocks": 3,
             "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
-            "length": 24,
+            "length": 16,
             "forget": 8,
             "retain": 32,
             "holdout": 8,
             "seeds": 1,
             "m_factors": 28,
             "most": 5,
-            "max_steps": 10,
+            "max_steps": 8,
             "knobs": {
                 "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
                 "gradient_difference": {
