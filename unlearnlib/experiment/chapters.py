@@ -299,7 +299,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "model": SMOLLM2,
             "last_blocks": 3,
-            "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
+            "training": Training(epochs=4, batch_size=8, learning_rate=1e-3),
             "length": 16,
             "forget": 8,
             "retain": 32,
