@@ -272,7 +272,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "fisher_updates": {
         "quick": FISHER_UPDATES
         | SHORT_PROBE
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 5, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
@@ -335,16 +335,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": REAL_MODEL
         | {
             "model": SMOLLM2,
-            "last_blocks": 4,
-            "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
-            "length": 24,
+            "last_blocks": 3,
+            "training": Training(epochs=4, batch_size=8, learning_rate=1e-3),
+            "length": 16,
             "forget": 8,
             "retain": 32,
             "holdout": 8,
             "seeds": 1,
             "m_factors": 28,
             "most": 5,
-            "max_steps": 10,
+            "max_steps": 8,
             "knobs": {
                 "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
                 "gradient_difference": {
@@ -354,7 +354,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "methods": REAL_MODEL["compared"],
             "deep": {},
-            "rounded": 8,
+            "rounded": 4,
             "timed": 8,
             "elsewhere": 4,
             "relearning_steps": 2,

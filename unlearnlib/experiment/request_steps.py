@@ -11,7 +11,7 @@ from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.contenders import MAX_STEPS
 from unlearnlib.methods.first_order import ascent_direction, ascent_loss, with_retain
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
-from unlearnlib.methods.matching import TOLERANCE, Line, Match, Path
+from unlearnlib.methods.matching import Line, Match, Path
 from unlearnlib.methods.walks import adam_walk, sgd_walk
 from unlearnlib.weights import Vector, add, difference, dot, parameters, set_weights, snapshot
 
@@ -23,7 +23,7 @@ not move for a set whose loss is there already, or above."""
 
 def served(match: Match, target: float) -> bool:
     """Whether a set was brought to its ``target`` in nats, or is above it, as it may have been before its turn."""
-    return match.loss >= target - TOLERANCE
+    return match.reached or match.loss > target
 
 
 def ascent_step(model: PreTrainedModel, forget: Tensor, request: int) -> Path:
@@ -98,8 +98,8 @@ def fisher_step(
 
     With ``kept`` sequences the direction is C⁻¹(Δ − g), with g the gradient of their loss: gradient difference
     with curvature. With ``noise`` > 0 it is Fisher Forgetting: before the step, and even if there is none to take,
-    noise C^(-1/4) n is added, scaled so that C expects that many nats of damage from it. It is drawn anew for each
-    request, from ``seed``.
+    noise C^(-1/4) n is added, scaled so that C, taken for the Hessian, expects that many nats of damage from it.
+    It is drawn anew for each request, from ``seed``.
     """
     current: list[Curvature] = []
 
