@@ -13,7 +13,7 @@ from unlearnlib.experiment import inverse_fisher_time
         (8 * 512, 512, 8),  # one block of 512 is a part of its own
         (1000 * 512, 512, 1000),
         (5 * 128 * 16, 128, 5),  # sixteen of 128 are one
-        (100 * 128 * 16, 128, 100),
+        (300 * 128 * 16, 128, 300),
     ],
 )
 def test_large_models_are_extrapolated_by_their_blocks(weights, block, parts, monkeypatch):

@@ -53,6 +53,24 @@ PRIVATE = {
     "left_out_seeds": {"maths": (4,)},
 }
 
+# The paper's three axes, on one small OPT that knows its secrets. All settings are chosen in "most" trials. The
+# recursion is timed around the middle of the three grids, of which one at a time is gone along.
+THREE_AXES = {
+    "model": small_opt(1024, hidden_size=64, layers=2, context=32),
+    "vocabulary": 1024,
+    "training": Training(epochs=12, batch_size=16, learning_rate=6e-3),
+    "length": 32,
+    "forget": 64,
+    "retain": 320,
+    "holdout": 128,
+    "copies": 4,
+    "m_recursion": 256,
+    "block_size": 64,
+    "delta": 1e-5,
+    "private": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
+    "blocks_kept": (1, 4, 16, 64, 256),
+}
+
 # Requests in a row: sequences of each; after how many a setting is judged, of how many; steps of Adam for each.
 SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100}
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
@@ -413,6 +431,44 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
         "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+    },
+    "three_axes": {
+        "quick": THREE_AXES
+        | {
+            "seeds": 1,
+            "epsilons": (8,),
+            "most": 5,
+            "max_steps": 40,
+            "m_recursion": 128,
+            "weights": (2**14, 2**16, 2**18),
+            "m": (16, 64, 128),
+            "block": (16, 64, 256),
+            "repeats": 3,
+        },
+        "cpu": THREE_AXES
+        | {
+            "seeds": 5,
+            "epsilons": (1, 8, 100),
+            "most": 12,
+            "max_steps": 200,
+            "weights": (2**14, 2**15, 2**16, 2**17, 2**18),
+            "m": (16, 32, 64, 128, 256),
+            "block": (8, 16, 64, 128, 256),
+            "repeats": 5,
+        },
+        "gpu": THREE_AXES
+        | {
+            "seeds": 3,
+            "epsilons": (1, 8, 100),
+            "most": 12,
+            "max_steps": 200,
+            "retain": 1984,
+            "holdout": 256,
+            "weights": (2**18, 2**20, 2**22),
+            "m": (64, 256, 1024),
+            "block": (16, 64, 256),
+            "repeats": 5,
+        },
     },
     "repeated_requests": {
         "quick": SERIES

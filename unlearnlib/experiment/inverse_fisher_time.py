@@ -1,13 +1,16 @@
 """How long the recursion takes to make the inverse of the Fisher's blocks, for models of any size."""
 
 import statistics
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 
 from unlearnlib.cost import clock
 from unlearnlib.curvature import FisherRecursion, blocks_at_once
 
-MOST_PARTS = 8
+MOST_PARTS = 64
 """How many parts of a large model are timed, of which each has as many blocks as are inverted together."""
 
 DAMPING = 1e-3
@@ -50,3 +53,37 @@ def inverse_fisher_seconds(
     seconds(part)
     totals = [sum(map(seconds, timed)) for _ in range(repeats)]
     return statistics.median(totals) * blocks / sum(timed)
+
+
+GPU_TIMES = "inverse_fisher_gpu.csv"
+"""The file of what was measured on GPUs. It is committed, as it can be measured again on such a card alone."""
+
+
+def gpu_times(folder: str | Path) -> pd.DataFrame:
+    """What :func:`inverse_fisher_seconds` has measured on GPUs, from ``folder``; empty if it has not been run.
+
+    A row a measurement: ``card`` names the GPU, ``weights``, ``m`` and ``block`` the shape, and then ``seconds``;
+    there may be further columns. Raises ValueError if the file lacks one of these.
+    """
+    columns, path = ["card", "weights", "m", "block", "seconds"], Path(folder) / GPU_TIMES
+    if not path.exists():
+        return pd.DataFrame(columns=columns)
+    table = pd.read_csv(path)
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path.name} lacks the column(s) {', '.join(missing)}: write them where it was measured")
+    return table[columns]
+
+
+def operations(weights: float, m: float, block: float) -> float:
+    """4 m d b: a product with each block, and an update of it, for every gradient; each 2 b² operations a block."""
+    return 4.0 * m * weights * block
+
+
+def fitted_rate(times: pd.DataFrame) -> float:
+    """The rate of a machine, in operations a second, that comes closest to ``times`` in ratio: the geometric mean.
+
+    ``times`` has the columns ``weights``, ``m``, ``block`` and ``seconds``.
+    """
+    rates = operations(times["weights"], times["m"], times["block"]) / times["seconds"]
+    return float(np.exp(np.log(rates.astype(float)).mean()))
