@@ -69,8 +69,10 @@ def scale(out: Path, device: torch.device) -> bool:
     card = device_name(device)
     measured = paper_scale.Table(out, "gpu_measured", card)
     paper_scale.measure_speeds(measured, device)
-    paper_scale.measure_inverse(paper_scale.Table(out, "inverse_fisher_gpu", card), device)
+    inverse = paper_scale.Table(out, "inverse_fisher_gpu", card)
+    paper_scale.measure_inverse(inverse, device, paper_scale.LARGE)
     paper_scale.measure_routes(measured, device)
+    paper_scale.measure_inverse(inverse, device, paper_scale.SMALL)
     paper_scale.measure_decompositions(measured, device)
     return True
 

@@ -105,9 +105,9 @@ PLAN = (
 SIDES = (768, 2048, 2560, 3073, 8193, 10241)
 """Sides of Kronecker factors of these models, whose decompositions are most of K-FAC's time."""
 
-WEIGHTS = {name: shape.d for name, shape in OPT.items()}
-BLOCKS = ((8, 64), (32, 64), (128, 64), (32, 16), (32, 32), (32, 128), (32, 256), (32, 512), (128, 256), (256, 64))
-"""Pairs of m and a block's weights for the time of the inverse Fisher, the paper's own measure of cost."""
+LARGE = tuple((shape.d, m, block) for m in (32, 128) for block in (16, 64, 256) for shape in OPT.values())
+SMALL = tuple((2**k, m, block) for m in (64, 256, 1024) for block in (16, 64, 256) for k in (18, 20, 22))
+"""Weights, m and a block's weights for the time of the inverse Fisher, the paper's own measure of cost."""
 
 
 def card_machine(card: str, task: Task | None = None) -> roofline.Machine | None:
@@ -259,21 +259,19 @@ def measure_decompositions(table: Table, device: torch.device, sides: Iterable[i
         table.add("", "eigendecomposition", values, precision="float64", m=side, tokens=0)
 
 
-def measure_inverse(
-    table: Table,
-    device: torch.device,
-    weights: dict[str, int] = WEIGHTS,
-    blocks: Iterable[tuple[int, int]] = BLOCKS,
-) -> None:
-    """The time of the recursion that inverts the Fisher's blocks, extrapolated from parts of the model."""
-    for m, block in blocks:
-        for model, number in weights.items():
-            try:
-                found = {"seconds": inverse_fisher_seconds(number, m, block, device, repeats=1)}
-            except torch.OutOfMemoryError:
-                found = {"out_of_memory": 1.0}
-            free(device)
-            table.add(model, "fisher_recursion", found, m=m, block=block, weights=number)
+def measure_inverse(table: Table, device: torch.device, shapes: Iterable[tuple[int, int, int]]) -> None:
+    """The time of the recursion that inverts the Fisher's blocks, extrapolated from parts of a large model."""
+    names = {shape.d: model for model, shape in OPT.items()}
+    for weights, m, block in shapes:
+        settings = {"weights": weights, "m": m, "block": block}
+        try:
+            seconds = inverse_fisher_seconds(weights, m, block, device, repeats=1)
+            table.add(
+                names.get(weights, ""), "fisher_recursion", {"seconds": seconds}, **settings, seconds=seconds
+            )
+        except torch.OutOfMemoryError:
+            print(f"{table.exhibit}: {settings} does not fit", flush=True)
+        free(device)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
