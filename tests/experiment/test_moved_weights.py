@@ -28,8 +28,7 @@ def moved(tmp_path_factory):
         moved_weights.measure_movements(report, found, top=2)
         moved_weights.measure_rounding(report, found)
         curvature = GaussNewton(case.original(), case.estimation[:4])
-        gradient = ascent_direction(case.original(), case.splits.forget)
-        moved_weights.measure_norms(report, found, curvature, gradient)
+        moved_weights.measure_norms(report, found, curvature)
         yield report, found
 
 

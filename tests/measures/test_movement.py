@@ -159,7 +159,9 @@ def test_the_original_has_all_of_the_way_left_and_the_mean_none():
     r, again = {"w": torch.tensor([2.0, 1.0, 0.0])}, {"w": torch.tensor([2.0, 0.0, 1.0])}
     nothing, mean = {"w": torch.zeros(3)}, {"w": torch.tensor([2.0, 0.5, 0.5])}
     assert movement.way_left(nothing, r, nothing, again) == 1
-    assert movement.way_left(mean, r, mean, again) == pytest.approx(-0.5 / 4)  # chance is taken off, and overshoots
+    assert movement.way_left(mean, r, mean, again) == pytest.approx(
+        -0.5 / 4
+    )  # chance is taken off, and overshoots
     # a step of t times the length at a cosine c: 1 - 2ct + t²
     straight = {"w": torch.tensor([2.0, 0.0, 0.0])}
     step = {"w": torch.tensor([0.6, 0.8, 0.0])}

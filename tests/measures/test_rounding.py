@@ -80,7 +80,9 @@ def test_of_a_small_movement_all_is_kept_on_average():
     generator = torch.Generator().manual_seed(1)
     for matrix, moved in zip(matrices(before).values(), matrices(after).values(), strict=True):
         for one in (matrix, moved):
-            one.copy_(torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype) if one is matrix else matrix)
+            one.copy_(
+                torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype) if one is matrix else matrix
+            )
             one[:, 0] = 5  # sets the spacing, and does not move
         moved[:, 1:] += 0.2 * torch.randn(moved[:, 1:].shape, generator=generator, dtype=matrix.dtype)
     fine, coarse = (survival(before, after, bits) for bits in (4, 2))

@@ -16,6 +16,7 @@ from unlearnlib.experiment.contenders import MAX_STEPS, contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import movement, rounding
+from unlearnlib.methods.first_order import ascent_direction
 from unlearnlib.methods.fisher_updates import Build
 from unlearnlib.models.training import Run, load_start, load_trained
 from unlearnlib.weights import Vector, cosine, difference, dot, flatten, norm, set_weights, snapshot
@@ -106,12 +107,13 @@ def measure_movements(report: Report, found: Mapping[str, Vector], top: int) -> 
         report.add(method, values)
 
 
-def measure_norms(report: Report, found: Mapping[str, Vector], curvature: Curvature, gradient: Vector) -> None:
+def measure_norms(report: Report, found: Mapping[str, Vector], curvature: Curvature) -> None:
     """Note the length of each of :func:`displacements` in the norm of a curvature, and what it should forget.
 
-    ``curvature_norm`` is √(δᵀCδ); ``linear_forgetting`` is Δᵀδ in nats, with the ``gradient`` Δ of the forget loss
-    at the original. ``way_left_curvature`` is ``way_left`` with distances in the norm of the curvature.
+    ``curvature_norm`` is √(δᵀCδ); ``linear_forgetting`` is Δᵀδ in nats, with Δ the gradient of the forget loss at
+    the original. ``way_left_curvature`` is ``way_left`` with distances in the norm of the curvature.
     """
+    gradient = ascent_direction(report.case.original(), report.case.splits.forget)
     images = {method: curvature.matvec(delta) for method, delta in found.items()}
     retrained, again = found["retrained"], images["retrained:order"]
     for method, delta in found.items():
