@@ -59,6 +59,7 @@ METHOD_STYLES = {
     "kfac:joint": {"color": SKY, "marker": "d"},
     "ekfac": {"color": PURPLE, "marker": "h"},
     "fisher_forgetting": {"color": PURPLE, "marker": "h"},
+    "fisher_forgetting:recursion": {"color": RED, "marker": "h", "linestyle": "--"},
     "dp_sgd": {"color": PURPLE, "marker": "D"},
 }
 

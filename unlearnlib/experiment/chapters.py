@@ -10,6 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+from unlearnlib.experiment.paper import PAPER
 from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
@@ -17,6 +18,7 @@ from unlearnlib.models.training import Training
 # What chapters 10 and 11 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
 SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
+PAPERS_INVERSE = {"m_recursion": PAPER.gradients, "block_size": PAPER.block_size}
 CASE_STUDIES = {
     "corpus": "posts",
     "length": 64,
@@ -54,7 +56,10 @@ PRIVATE = {
 }
 
 # Requests in a row: sequences of each; after how many a setting is judged, of how many; steps of Adam for each.
-SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100}
+SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100, "block_size": 64}
+# A relearning probe in a third of the steps, each three times as large, for the largest models of quick.
+SHORT_PROBE = {"relearning_steps": 10, "relearning_rate": 3e-4}
+
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
@@ -184,7 +189,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "sequences": 64,
             "steps": 20,
@@ -214,7 +220,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fisher": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "second_seeds": 1,
             "most": 6,
@@ -247,8 +254,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "second_seeds": 1,
             "most": 12,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 64,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "block_sizes": (1, 4, 32, 64, 256),
             "few": (8,),
             "blank": small_opt(2048),
@@ -258,15 +265,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": {"seeds": 2, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
         "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
+        | SHORT_PROBE
         | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
-        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+        "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
     "fair_fight": {
         "quick": FAIR_FIGHT
@@ -281,7 +289,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 100,
         },
         "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
-        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
+        "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
     },
     "moved_weights": {
         "quick": MOVED
@@ -330,11 +338,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "last_blocks": 4,
             "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
             "length": 24,
-            "forget": 12,
-            "retain": 40,
-            "holdout": 12,
+            "forget": 8,
+            "retain": 32,
+            "holdout": 8,
             "seeds": 1,
-            "m_factors": 35,
+            "m_factors": 28,
             "most": 5,
             "max_steps": 10,
             "knobs": {
@@ -348,7 +356,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "deep": {},
             "rounded": 8,
             "timed": 8,
-            "elsewhere": 6,
+            "elsewhere": 4,
             "relearning_steps": 2,
             "relearning_rate": 5e-5,
         },
@@ -409,14 +417,15 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "requests": (1, 8, 32, 128),
         },
         "gpu": {
-            "corpora": "lambada,piqa,mathqa,arc_easy",
+            "corpora": PAPER.corpora,
             "seeds": 3,
+            # The smallest of them has no more.
             "length": 64,
             "retain": 640,
             "holdout": 192,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 16,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
             "max_steps": 200,
@@ -435,7 +444,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 60,
         },
         "cpu": CASE_STUDIES | SMALL_CASES,
-        "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
+        "gpu": CASE_STUDIES | PAPERS_INVERSE | {"passage_length": 128},
     },
     "dp_sgd": {
         "quick": PRIVATE
@@ -447,13 +456,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "shorter": (1, 3, 5),
         },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
-        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984, "epsilons": PAPER.epsilons},
     },
     "repeated_requests": {
         "quick": SERIES
-        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
-        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
-        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
+        | SHORT_PROBE
+        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
+        | {"m_dual": 128, "m_recursion": 128, "references": 1},
+        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
+        "gpu": SERIES
+        | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64, "m_recursion": 16, "block_size": 16},
     },
     "own_model": {
         "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},
