@@ -44,7 +44,7 @@ class Block:
         return {name: part.reshape(like[name].shape).to(like[name]) for name, part in pairs}
 
     def coordinates(self, v: Vector) -> Tensor:
-        """The block's part of a vector in the two bases, [rows, columns]: beside its ``eigenvalues``, entry by entry."""
+        """The block's part of a vector in the two bases, [rows, columns] as its ``eigenvalues`` are."""
         x = self.matrix(v).to(self.eigenvalues)
         x = x if self.left is None else self.left.T @ x
         return x if self.right is None else x @ self.right

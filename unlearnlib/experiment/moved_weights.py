@@ -1,5 +1,6 @@
 """Where every method moves the weights at matched forgetting, and where retraining in two orders puts them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -8,15 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.comparison import Settings
 from unlearnlib.experiment.contenders import MAX_STEPS, contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import movement, rounding
+from unlearnlib.methods.first_order import ascent_direction
 from unlearnlib.methods.fisher_updates import Build
-from unlearnlib.models.training import Run, load_trained
-from unlearnlib.weights import Vector, cosine, difference, flatten, norm, set_weights, snapshot
+from unlearnlib.models.training import Run, load_start, load_trained
+from unlearnlib.weights import Vector, cosine, difference, dot, flatten, norm, set_weights, snapshot
 
 ORDER_SEED = 7000
 """Added to a case's seed to draw the other order of the sequences."""
@@ -42,7 +45,7 @@ def other_orders(case: Case) -> dict[str, Run]:
 def displacements(
     report: Report, chosen: Settings, builds: Mapping[str, Build], max_steps: int = MAX_STEPS
 ) -> dict[str, Vector]:
-    """How far from the original's weights each method of ``chosen`` ends at matched forgetting, and each reference.
+    """Where each method of ``chosen`` ends at matched forgetting, and each reference, less the original's weights.
 
     The references are ``retrained`` and :func:`other_orders`. Measures all of these models and the original.
     """
@@ -63,13 +66,15 @@ def displacements(
 
 
 def measure_movements(report: Report, found: Mapping[str, Vector], top: int) -> None:
-    """Note how far each of :func:`displacements` reaches, how evenly, and where it points beside the retrained model.
+    """Note how far each of :func:`displacements` reaches, how evenly, and whether to the retrained model.
 
     The overlap is that of the ``top`` singular subspaces, a mean over the matrices of the linear layers; the
-    method ``chance`` has what two subspaces drawn at random would have on average.
+    method ``chance`` has what two subspaces drawn at random would have on average. ``cosine_training`` is that
+    with the way which training the original took from its initial weights.
     """
-    model = report.case.original()
-    length = norm(snapshot(model))
+    model, run = report.case.original(), report.case.runs()["original"]
+    start = snapshot(model)
+    trained = difference(start, snapshot(load_start(run.source, run, seed=run.seed, device=model.device)))
     retrained, again = found["retrained"], found["retrained:order"]
     of_retrained = layer_matrices(model, retrained)
     shapes = torch.tensor([matrix.shape for matrix in of_retrained.values()], dtype=torch.float64)
@@ -79,9 +84,11 @@ def measure_movements(report: Report, found: Mapping[str, Vector], top: int) -> 
         entries = flatten(delta)
         values = {
             "movement": norm(delta),
-            "relative_movement": norm(delta) / length,
+            "relative_movement": norm(delta) / norm(start),
             "excess_kurtosis": movement.excess_kurtosis(entries),
+            "kurtosis_within": movement.excess_kurtosis(flatten(movement.alike(delta))),
             "largest_share": movement.largest_share(entries),
+            "cosine_training": cosine(delta, trained),
         }
         if method != "retrained":
             pairs = [
@@ -96,7 +103,26 @@ def measure_movements(report: Report, found: Mapping[str, Vector], top: int) -> 
                 "overlap_right": right,
             }
         if method not in ("retrained", "retrained:order"):
-            values["way_left"] = movement.way_left(delta, retrained, again)
+            values["way_left"] = movement.way_left(delta, retrained, delta, again)
+        report.add(method, values)
+
+
+def measure_norms(report: Report, found: Mapping[str, Vector], curvature: Curvature) -> None:
+    """Note the length of each of :func:`displacements` in the norm of a curvature, and what it should forget.
+
+    ``curvature_norm`` is √(δᵀCδ); ``linear_forgetting`` is Δᵀδ in nats, with Δ the gradient of the forget loss at
+    the original. ``way_left_curvature`` is ``way_left`` with distances in the norm of the curvature.
+    """
+    gradient = ascent_direction(report.case.original(), report.case.splits.forget)
+    images = {method: curvature.matvec(delta) for method, delta in found.items()}
+    retrained, again = found["retrained"], images["retrained:order"]
+    for method, delta in found.items():
+        values = {
+            "curvature_norm": math.sqrt(dot(delta, images[method]).item()),
+            "linear_forgetting": dot(gradient, delta).item(),
+        }
+        if method not in ("retrained", "retrained:order"):
+            values["way_left_curvature"] = movement.way_left(delta, retrained, images[method], again)
         report.add(method, values)
 
 
@@ -116,9 +142,7 @@ def measure_rounding(report: Report, found: Mapping[str, Vector], bits: Iterable
                 values[f"{name}_loss_{number}bit"] = mean_loss(coarse, rows)
             if delta is not None:
                 left = rounding.survival(original, model, number)
-                values |= {
-                    f"{name}_{number}bit": getattr(left, name) for name in ("changed", "expected", "kept")
-                }
+                values |= {f"{name}_{number}bit": getattr(left, name) for name in ("changed", "expected", "kept")}
             report.add(method, values)
 
 
@@ -137,6 +161,6 @@ def places_table(report: Report, found: Mapping[str, Vector]) -> pd.DataFrame:
 
 
 def layer_matrices(model: PreTrainedModel, v: Vector) -> dict[str, Tensor]:
-    """The linear layers' part of a vector, by name, as matrices [outputs, inputs]; the model takes it as weights."""
+    """The linear layers' part of a vector, by name, [outputs, inputs]; the model takes it as weights."""
     set_weights(model, v)
     return {name: matrix.clone() for name, matrix in rounding.matrices(model).items()}

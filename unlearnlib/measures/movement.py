@@ -60,6 +60,11 @@ def excess_kurtosis(values: Tensor) -> float:
     return (squares.square().mean() / variance.square()).item() - 3
 
 
+def alike(delta: Vector) -> Vector:
+    """``delta`` with each parameter's entries divided by their root mean square; what has not moved stays 0."""
+    return {name: x / x.square().mean().sqrt() if x.any() else x for name, x in delta.items()}
+
+
 def largest_share(values: Tensor, share: float = 0.01) -> float:
     """Which part of Σ x² is in the largest ``share`` of the entries, by size: ``share`` if all are of one size.
 
@@ -89,17 +94,19 @@ def subspace_overlap(a: Tensor, b: Tensor, k: int) -> tuple[float, float]:
     return left, right
 
 
-def way_left(delta: Vector, retrained: Vector, again: Vector) -> float:
+def way_left(delta: Vector, retrained: Vector, image: Vector, image_again: Vector) -> float:
     """How much of the squared distance to the mean retrained model is left after moving by ``delta``.
 
-    ``retrained`` and ``again`` are where two retrained models lie, counted from the original as ``delta`` is. They
-    must differ by chance alone, and by chances that are independent: then numerator and denominator of
-    ⟨δ − r, δ − r'⟩ / ⟨r, r'⟩ have the squared distances to the *mean* as expectations, without the part that is
-    chance. The original itself is at 1. Raises ValueError if ⟨r, r'⟩ is not positive, so that there is no way.
+    That is ⟨δ − r, M(δ − r')⟩ / ⟨r, M r'⟩, where r and r' say where two retrained models lie, counted from the
+    original as δ is, and ``image`` and ``image_again`` are Mδ and Mr' under the matrix of the metric; for
+    Euclidean distance δ and r' themselves. The two must differ by chance alone, and by chances that are
+    independent: then numerator and denominator have the squared distances to the *mean* retrained model as
+    expectations, without the part that is chance. The original itself is at 1.
+    Raises ValueError if ⟨r, M r'⟩ is not positive, so that there is no way.
     """
-    way = dot(retrained, again).item()
+    way = dot(retrained, image_again).item()
     if not way > 0:
         raise ValueError(
             f"two retrained models lie in directions whose inner product is {way:.3g}: chance hides the way"
         )
-    return dot(difference(delta, retrained), difference(delta, again)).item() / way
+    return dot(difference(delta, retrained), difference(image, image_again)).item() / way
