@@ -1,8 +1,8 @@
 """The onion: score every sequence that was trained on, remove a layer, and score again those that stay."""
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -21,6 +21,7 @@ from unlearnlib.measures.attacks import calibrated
 from unlearnlib.methods.matching import Match
 from unlearnlib.models.training import load_trained, train_missing
 from unlearnlib.texts.sequences import Splits
+from unlearnlib.weights import set_weights
 
 REPEAT_SEED = 100
 """Added to a case's seed for each further repeat: other initial weights and another order of the batches."""
@@ -174,11 +175,20 @@ def serve(
     return found
 
 
-def request_contenders(case: Case, methods: Iterable[str], max_steps: int, **sizes: int) -> dict[str, Contender]:
-    """Those of all contenders on ``case`` that are named, with the curvatures that they need and no others."""
+def request_contenders(
+    case: Case, methods: Iterable[str], max_steps: int, dampings: Sequence[float] | None = None, **sizes: int
+) -> dict[str, Contender]:
+    """Those of all contenders on ``case`` that are named, with the curvatures that they need and no others.
+
+    The search for a λ begins with ``dampings``, the same for all curvatures, where they are given.
+    """
     builds = curvature_builders(case.estimation, case.seed, **sizes)
     everyone = contenders_on(case, {name: build for name, build in builds.items() if name in methods}, max_steps)
-    return {method: everyone[method] for method in methods}
+    own = {"damping": tuple(dampings)} if dampings else None
+    return {
+        method: replace(everyone[method], knobs=own) if own and method in builds else everyone[method]
+        for method in methods
+    }
 
 
 def fidelity(rise: Tensor, by_retraining: Tensor) -> float:
@@ -189,6 +199,38 @@ def fidelity(rise: Tensor, by_retraining: Tensor) -> float:
     if rise.unique().numel() < 2 or by_retraining.unique().numel() < 2:
         raise ValueError("the change is the same for all sequences: there is nothing to correlate")
     return float(stats.spearmanr(rise.numpy(), by_retraining.numpy()).statistic)
+
+
+def fidelity_by_damping(
+    onion: Onion,
+    method: str,
+    dampings: Sequence[float],
+    original: Tensor,
+    retrained: Tensor,
+    repeats: int,
+    **sizes: int,
+) -> list[dict[str, Any]]:
+    """The fidelity of a method over a curvature, by λ, on the targeted layer: rows with a column ``damping``.
+
+    ``original`` and ``retrained`` [repeats, 2n] are losses as in :func:`results`; the values are means over the
+    first so many ``repeats``.
+    """
+    stays, taken = onion.staying, onion.layers[TARGETED]
+    goal, values = (original - retrained)[:, stays], {damping: [] for damping in dampings}
+    for repeat in range(repeats):
+        request = onion.request(TARGETED, repeat)
+        contender = request_contenders(request, [method], 1, **sizes)[method]
+        for damping in dampings:
+            path = contender.path(damping=damping)
+            path.to(retrained[repeat, taken].double().mean().item())
+            rise = (original[repeat] - onion.losses(path.model))[stays]
+            values[damping].append(fidelity(rise, without_one(goal, repeat)))
+            set_weights(path.model, path.start)
+    return [
+        row | {"damping": damping}
+        for damping, found in values.items()
+        for row in onion.case.rows(method, {"fidelity": sum(found) / len(found)})
+    ]
 
 
 def without_one(values: Tensor, left_out: int) -> Tensor:
