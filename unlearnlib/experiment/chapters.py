@@ -10,7 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-from unlearnlib.experiment.profiles import QUICK, Profile, get_profile
+from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
@@ -34,6 +34,26 @@ SMALL_CASES = {
     "training": Training(epochs=12, batch_size=16, learning_rate=4e-3),
     "relearning_steps": 10,
     "relearning_rate": 3e-4,
+}
+
+# Of chapter 15: corpora of real texts, how many of them are in each split, copies of each secret planted on one
+# side, the tokens of a memory and how many come before the first. Trained for long, so that there is something
+# to forget.
+INDELIBLE = {
+    "length": 64,
+    "model": small_opt(1024, hidden_size=64, layers=2),
+    "training": Training(epochs=24, batch_size=16, learning_rate=4e-3),
+    "corpora": "posts,licences",
+    "texts": {"holdout": 24, "forget": 16, "retain": 64},
+    "repeats": (*[1] * 10, 2, 2, 4, 4),
+    "span": 6,
+    "prompt": 8,
+    "m_recursion": 128,
+    "block_size": 64,
+    "methods": (
+        *("gradient_ascent:adam", "gradient_ascent:sgd", "gradient_difference"),
+        *("fisher_recursion", "kfac"),
+    ),
 }
 
 # The model of chapter 12 and its sets are small, because private training is slow.
@@ -419,6 +439,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
         "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
+    },
+    "indelible": {
+        "quick": INDELIBLE | {"seeds": 1, "most": 5, "max_steps": 60},
+        "cpu": INDELIBLE | {"seeds": 5, "most": 12, "max_steps": 200},
+        "gpu": INDELIBLE
+        | {
+            "model": GPU.model,
+            "training": Training(epochs=12, batch_size=16, learning_rate=1e-4),
+            "corpora": "posts,licences,aeslc",
+            "seeds": 3,
+            "most": 8,
+            "max_steps": 200,
+            "m_recursion": 16,
+            "block_size": 16,
+        },
     },
     "own_model": {
         "quick": OWN_MODEL | {"seeds": 2, "second_seeds": 1},
