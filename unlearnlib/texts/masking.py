@@ -50,7 +50,7 @@ def mask_rare(text: str, common: frozenset[str]) -> str:
         return word if small in common and (word.islower() or small not in names()) else RARE
 
     parts = _MASKS.split(_bare(text))
-    kept = _MASKS.findall(_bare(text)) + [""]
+    kept = [*_MASKS.findall(_bare(text)), ""]
     masked = "".join(re.sub(r"\w+", shown, part) + mask for part, mask in zip(parts, kept, strict=True))
     return _RUN.sub(RARE, masked)
 
@@ -58,4 +58,3 @@ def mask_rare(text: str, common: frozenset[str]) -> str:
 def _bare(text: str) -> str:
     """Text without addresses and links, of which masks are left."""
     return mask_addresses(_LINK.sub(RARE, text))
-
