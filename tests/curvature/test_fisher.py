@@ -82,8 +82,25 @@ def test_recursion_is_the_matrix_of_blocks(block_size, gradients, v):
     check(fisher_recursion.FisherRecursion(gradients, block_size), explicit(gradients, block_size), v)
 
 
-def test_recursion_over_several_chunks(gradients, v, monkeypatch):
-    monkeypatch.setattr(fisher_recursion.FisherRecursion, "chunk", 50)
+@pytest.mark.parametrize("at_once", [2, 3, M, 50])
+@pytest.mark.parametrize("block_size", [1, 5, 1000])
+def test_recursion_gives_the_same_however_many_gradients_a_step_takes(at_once, block_size, gradients, v):
+    assert M % 3
+    check(fisher_recursion.FisherRecursion(gradients, block_size, at_once), explicit(gradients, block_size), v)
+    matrices = torch.randn(3, M, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    one_by_one = fisher_recursion.sherman_morrison(matrices, DAMPING)
+    torch.testing.assert_close(fisher_recursion.woodbury(matrices, DAMPING, at_once), one_by_one)
+
+
+@pytest.mark.parametrize("size", [1, 64, 512, 600])
+def test_blocks_at_once_fit_a_cache(size):
+    here, gpu = (fisher_recursion.blocks_at_once(size, device) for device in ("cpu", "cuda"))
+    assert here == max(1, 2**18 // size**2)
+    assert gpu == 2**23 // size**2
+
+
+def test_recursion_over_several_parts(gradients, v, monkeypatch):
+    monkeypatch.setattr(fisher_recursion, "blocks_at_once", lambda size, device: 2)
     check(fisher_recursion.FisherRecursion(gradients, 5), explicit(gradients, 5), v)
 
 
@@ -282,3 +299,8 @@ def test_damping_must_be_positive(damping, gradients, v):
 def test_a_block_needs_a_weight(gradients):
     with pytest.raises(ValueError, match="block size must be at least 1, not 0"):
         fisher_recursion.FisherRecursion(gradients, 0)
+
+
+def test_a_step_of_the_recursion_needs_a_gradient(gradients):
+    with pytest.raises(ValueError, match="at least 1 gradient, not 0"):
+        fisher_recursion.FisherRecursion(gradients, 5, at_once=0)

@@ -13,6 +13,9 @@ class ToyCase:
 
     seed = 0
 
+    class profile:
+        given = ()
+
     class splits:
         forget = random_sequences(6)
 

@@ -113,11 +113,13 @@ def test_settings_of_every_method_are_chosen_by_validation_at_matched_forgetting
         gradients = torch.autograd.grad(loss(model, sequence[None]), live.values())
         for name, gradient in zip(live, gradients, strict=True):
             squares[name] += gradient**2 / 6
-    for _, row in chooser.choices["fisher_diagonal"].table.iterrows():
+    retrained = loss(case.retrained(), case.validation).item()
+    for _, row in chooser.tried("fisher_diagonal").iterrows():
         direction = {name: delta[name] / (squares[name] + row["damping"]) for name in delta}
         path = matching.Line(case.original(), direction, forget)
         assert path.to(loss(case.retrained(), forget).item()).reached
         assert row["validation_loss"] == pytest.approx(loss(path.model, case.validation).item(), abs=0.01)
+        assert row["excess"] == pytest.approx(row["validation_loss"] - retrained, abs=1e-5)
 
 
 # The comparison

@@ -70,6 +70,25 @@ def test_every_eighth_sequence_of_each_set_begins_with_a_box_of_its_own(case):
     assert [secret.prefix + secret.number for secret in case.secrets] == heads[:2]
 
 
+def test_copies_of_a_secret_stand_in_its_own_set_alone(case):
+    bare = one_case.Case(case.profile, case.seed, case.tokenizer, case.splits)
+    planted = private_training.PlantedCase.plant(bare, copies=4)
+    heads = {
+        name: [case.tokenizer.decode(row)[:20] for row in getattr(planted.splits, name)[::2]]
+        for name in ("forget", "retain", "holdout")
+    }
+    boxes = {name: {head.split(" holds ")[0] for head in found} for name, found in heads.items()}
+    assert boxes == {  # ten boxes: each of 12, 32 and 9 sequences has one for eight, begun ones counted
+        "forget": {"box 100", "box 101"},
+        "retain": {f"box {102 + i}" for i in range(4)},
+        "holdout": {"box 106", "box 107"},
+    }
+    own = [secret.prefix + secret.number for secret in planted.secrets]
+    assert heads["forget"] == [own[0], own[1]] * 3
+    with pytest.raises(ValueError, match="3 copies"):
+        private_training.PlantedCase.plant(bare, copies=3)
+
+
 def test_both_models_are_trained_on_what_was_planted(case):
     assert torch.equal(case.runs()["original"].sequences, torch.cat([case.splits.forget, case.splits.retain]))
     run = case.private_run(PRIVACY, 0.5)

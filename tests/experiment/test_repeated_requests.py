@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from unlearnlib import weights
-from unlearnlib.experiment import case, profiles, repeated_requests
+from unlearnlib.experiment import case, profiles, request_series, request_steps
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods import forgetting_noise, matching
 from unlearnlib.models import loading
@@ -102,7 +102,7 @@ def target_above(model, forget=FORGET):
 
 def test_sets_are_cut_from_the_forget_sequences_and_then_from_the_retain_sequences():
     case = make_case()
-    series = repeated_requests.Series(case, number=3, size=3)
+    series = request_series.RequestSeries(case, number=3, size=3)
     first, second, third = series.sets
     assert torch.equal(first, case.splits.forget[:3])
     assert torch.equal(second, torch.cat([case.splits.forget[3:], case.splits.retain[:2]]))
@@ -116,12 +116,12 @@ def test_a_single_validation_sequence_cannot_both_choose_and_measure():
     case = make_case()
     case = dataclasses.replace(case, splits=dataclasses.replace(case.splits, retain=case.splits.retain[:15]))
     with pytest.raises(ValueError, match="take 16 retain sequences or more"):
-        repeated_requests.Series(case, number=2, size=2)
+        request_series.RequestSeries(case, number=2, size=2)
 
 
 def test_a_model_of_the_moment_is_trained_without_what_was_asked_so_far():
     case = make_case()
-    series = repeated_requests.Series(case, number=3, size=2)
+    series = request_series.RequestSeries(case, number=3, size=2)
     assert torch.equal(series.run(3).sequences, case.splits.retain[2:])
     assert series.run(0).folder == case.runs()["original"].folder
     assert series.run(2).folder == case.runs()["retrained"].folder
@@ -132,13 +132,13 @@ def test_a_model_of_the_moment_is_trained_without_what_was_asked_so_far():
 @pytest.mark.parametrize(("number", "size"), [(0, 4), (4, 0), (8, 4)])
 def test_requests_that_leave_nothing_are_refused(number, size):
     with pytest.raises(ValueError, match=f"cannot make {number} requests of {size} sequences.*no more than 31"):
-        repeated_requests.Series(make_case(), number, size)
+        request_series.RequestSeries(make_case(), number, size)
 
 
 def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
     case = make_case()
-    series = repeated_requests.Series(case, number=3, size=2)
+    series = request_series.RequestSeries(case, number=3, size=2)
     retrained = series.retrained
     assert series.targets == pytest.approx([loss(retrained, s).item() for s in series.sets], rel=1e-5)
     model, seen = case.original(), []
@@ -153,7 +153,8 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
             seen.append((loss(self.model, self.forget).item() - target, self.request))
             with torch.no_grad():
                 self.model.lm_head.weight.mul_(1.1)
-            return matching.Match(0.25 * self.request, math.nan, self.request == 2, 1)
+            after = target + {1: -0.02, 2: 0.0, 3: 5.0}[self.request]  # short, there, far above
+            return matching.Match(0.25 * self.request, after, self.request == 2, 1)
 
     assert [match.strength for match in series.follow("kfac", model, Louder)] == [0.25, 0.5, 0.75]
     table = {(r["metric"], r["request"]): r["value"] for r in series.rows}
@@ -164,7 +165,7 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     for excess, request in seen:
         assert table["before_excess", request] == pytest.approx(excess, abs=1e-5)
         assert table["strength", request] == 0.25 * request
-        assert table["reached", request] == (request == 2)
+        assert table["served", request] == (request >= 2)
     # The last rows, by hand, from the model as it now is.
     each = [
         F.cross_entropy(model(input_ids=s).logits[:, :-1].mT, s[:, 1:], reduction="none").mean(1).detach()
@@ -192,13 +193,13 @@ def test_a_table_of_what_the_model_is_after_each_request(tmp_path, monkeypatch):
     assert "membership_auc" not in values
 
 
-MEASURED = {"reached": [1, 2, 3, 4], "holdout_loss": [2, 4]}
+MEASURED = {"served": [1, 2, 3, 4], "holdout_loss": [2, 4]}
 
 
 def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
-    series = repeated_requests.Series(make_case(), number=4, size=1, every=2)
-    series.follow("kfac", series.case.original(), repeated_requests.ascent_step)
+    series = request_series.RequestSeries(make_case(), number=4, size=1, every=2)
+    series.follow("kfac", series.case.original(), request_steps.ascent_step)
     noted = {metric: [r["request"] for r in series.rows if r["metric"] == metric] for metric in MEASURED}
     assert noted == MEASURED
     assert series.trails == {}
@@ -206,10 +207,10 @@ def test_a_model_is_measured_now_and_then_but_every_request_is_noted(tmp_path, m
 
 def test_a_trail_holds_the_weights_before_the_first_request_and_after_each(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
-    series = repeated_requests.Series(make_case(), number=2, size=2)
+    series = request_series.RequestSeries(make_case(), number=2, size=2)
     model = series.case.original()
     before = weights.snapshot(model)
-    matches = series.follow("gradient_ascent", model, repeated_requests.ascent_step, trail=True)
+    matches = series.follow("gradient_ascent", model, request_steps.ascent_step, trail=True)
     [first, second, third] = series.trails["gradient_ascent"]
     torch.testing.assert_close(first, before, rtol=0, atol=0)
     torch.testing.assert_close(third, weights.snapshot(model), rtol=0, atol=0)
@@ -219,7 +220,7 @@ def test_a_trail_holds_the_weights_before_the_first_request_and_after_each(tmp_p
 
 def test_references_are_measured_as_often_as_the_methods(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
-    series = repeated_requests.Series(make_case(), number=4, size=1, every=2)
+    series = request_series.RequestSeries(make_case(), number=4, size=1, every=2)
     series.reference()
     of_holdout = {(r["method"], r["request"]): r["value"] for r in series.rows if r["metric"] == "holdout_loss"}
     assert of_holdout.keys() == {("original", 0), ("retrained", 2), ("retrained", 4)}
@@ -241,13 +242,13 @@ def test_a_method_breaks_down_at_the_first_set_that_was_forgotten_before_it_was_
         for request, value in enumerate(values, start=1)
     )
     other = table.assign(metric="forget_excess", value=1.0, method="b")
-    assert repeated_requests.broken_down(pd.concat([table, other])).to_dict() == {("a", 0): 2, ("a", 1): 3}
+    assert request_series.broken_down(pd.concat([table, other])).to_dict() == {("a", 0): 2, ("a", 1): 3}
 
 
 def test_reference_models_are_strangers_to_all_the_sets_and_to_one_another(tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr(repeated_requests, "load_trained", runs.append)
-    series = repeated_requests.Series(make_case(), number=3, size=3)
+    monkeypatch.setattr(request_series, "load_trained", runs.append)
+    series = request_series.RequestSeries(make_case(), number=3, size=3)
     assert len(list(series.references())) == series.case.profile.references > 1
     forgotten = {tuple(sequence.tolist()) for one in series.sets for sequence in one}
     for run in runs:
@@ -258,11 +259,11 @@ def test_reference_models_are_strangers_to_all_the_sets_and_to_one_another(tmp_p
 
 def test_a_setting_is_chosen_by_the_loss_on_its_own_half_after_the_first_requests(tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARNLIB_CACHE", str(tmp_path))
-    series = repeated_requests.Series(make_case(), number=3, size=2)
+    series = request_series.RequestSeries(make_case(), number=3, size=2)
     grid = (2e-3, 1e-2, 5e-2)
 
     def step(learning_rate):
-        return repeated_requests.difference_step(series.kept, learning_rate, 1.0, seed=0)
+        return request_steps.difference_step(series.kept, learning_rate, 1.0, seed=0)
 
     chosen = series.choose("gradient_difference", {"learning_rate": grid}, step, requests=2, most=3)
     losses = {}
@@ -285,7 +286,7 @@ def test_a_setting_is_chosen_by_the_loss_on_its_own_half_after_the_first_request
 
 def test_ascent_moves_along_the_gradient_to_the_target(model):
     start, along, target = row(model), trained_gradient(model, FORGET), target_above(model)
-    match = repeated_requests.ascent_step(model, FORGET, 1).to(target)
+    match = request_steps.ascent_step(model, FORGET, 1).to(target)
     assert match.reached
     assert loss(model, FORGET).item() == pytest.approx(target, abs=matching.TOLERANCE)
     torch.testing.assert_close(row(model) - start, match.strength * along, rtol=1e-6, atol=1e-10)
@@ -295,11 +296,11 @@ def test_ascent_moves_along_the_gradient_to_the_target(model):
 def test_a_set_that_is_forgotten_already_is_left_alone(model, curvature, above):
     start, target = row(model), mean_loss(model, FORGET) - above
     steps = {
-        "ascent": repeated_requests.ascent_step,
-        "difference": repeated_requests.difference_step(KEPT, 1e-2, 1.0, seed=0),
-        "batches": repeated_requests.batches_step(1e-2, seed=0),
-        "fisher": repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True),
-        "noise": repeated_requests.noise_step(curvature, DAMPING, seed=0),
+        "ascent": request_steps.ascent_step,
+        "difference": request_steps.difference_step(KEPT, 1e-2, 1.0, seed=0),
+        "batches": request_steps.batches_step(1e-2, seed=0),
+        "fisher": request_steps.fisher_step(lambda model: curvature, DAMPING, refresh=True),
+        "noise": request_steps.noise_step(curvature, DAMPING, seed=0),
     }
     for name, step in steps.items():
         match = step(model, FORGET, 1).to(target)
@@ -313,7 +314,7 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model, we
     target = target_above(model)
     twin = small_model()
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
-    match = repeated_requests.difference_step(KEPT, 1e-3, weight, seed=0)(model, FORGET, 1).to(target)
+    match = request_steps.difference_step(KEPT, 1e-3, weight, seed=0)(model, FORGET, 1).to(target)
     assert match.reached
     assert match.strength > 1
     for _ in range(math.ceil(match.strength)):  # all of FORGET and all of KEPT are one batch each
@@ -328,7 +329,7 @@ def test_gradient_difference_takes_adams_steps_and_stops_at_the_target(model, we
 def test_a_batch_of_ascent_is_a_quarter_of_the_set(model):
     start, at = row(model), mean_loss(model, FORGET)
     gradients = [trained_gradient(model, one[None]) for one in FORGET]
-    repeated_requests.batches_step(1e-4, seed=0, most=1)(model, FORGET, 1).to(at + 10)
+    request_steps.batches_step(1e-4, seed=0, most=1)(model, FORGET, 1).to(at + 10)
     moved = row(model) - start
     apart = [(moved / 1e-4 - gradient).norm() / gradient.norm() for gradient in gradients]
     assert min(apart) < 1e-3
@@ -338,12 +339,12 @@ def test_a_batch_of_ascent_is_a_quarter_of_the_set(model):
 def test_the_opening_serves_the_first_requests_in_turn_and_can_start_again(model):
     sets = (FORGET, random_sequences(4, seed=7))
     targets = (mean_loss(model, sets[0]) + 0.05, mean_loss(model, sets[1]) + 0.1)
-    opening = repeated_requests.Opening(model, repeated_requests.ascent_step, sets, (*targets, 99.0))
+    opening = request_steps.Opening(model, request_steps.ascent_step, sets, (*targets, 99.0))
     first = opening.to(targets[-1])
     end, start = row(model), opening.start
     weights.set_weights(model, start)
     by_hand = [
-        repeated_requests.ascent_step(model, forget, 1).to(target)
+        request_steps.ascent_step(model, forget, 1).to(target)
         for forget, target in zip(sets, targets, strict=True)
     ]
     assert torch.equal(row(model), end)
@@ -353,16 +354,14 @@ def test_the_opening_serves_the_first_requests_in_turn_and_can_start_again(model
     assert opening.to(targets[-1]) == first
     assert torch.equal(row(model), end)
     weights.set_weights(model, start)
-    short = repeated_requests.Opening(
-        model, repeated_requests.batches_step(1e-9, 0, most=1), sets, (targets[0], 0.0)
-    )
+    short = request_steps.Opening(model, request_steps.batches_step(1e-9, 0, most=1), sets, (targets[0], 0.0))
     assert not short.to(0.0).reached  # the last set is past its target, the first has not come to its own
 
 
 def test_a_step_of_fisher_removal_is_the_solution_with_the_explicit_matrix(model, curvature):
     start, delta = row(model), trained_gradient(model, FORGET)
     expected = torch.linalg.solve(curvature.matrix + DAMPING * torch.eye(len(start), dtype=start.dtype), delta)
-    path = repeated_requests.fisher_step(lambda model: curvature, DAMPING, refresh=True)(model, FORGET, 1)
+    path = request_steps.fisher_step(lambda model: curvature, DAMPING, refresh=True)(model, FORGET, 1)
     match = path.to(target_above(model))
     assert match.reached
     torch.testing.assert_close(row(model) - start, match.strength * expected, rtol=1e-6, atol=1e-9)
@@ -376,7 +375,7 @@ def test_curvature_is_built_once_or_at_the_weights_of_each_request(model, curvat
             at.append(row(model))
             return curvature
 
-        step = repeated_requests.fisher_step(build, DAMPING, refresh)
+        step = request_steps.fisher_step(build, DAMPING, refresh)
         before = []
         for request in (1, 2, 3):
             before.append(row(model))
@@ -394,9 +393,7 @@ def test_noise_costs_what_was_allowed_to_second_order(model, curvature):
     moves = []
     for request, seed in ((1, 0), (2, 0), (1, 1)):
         weights.set_weights(model, weights.unflatten(start, weights.snapshot(model)))
-        step = repeated_requests.fisher_step(
-            lambda model: curvature, DAMPING, refresh=False, noise=allowed, seed=seed
-        )
+        step = request_steps.fisher_step(lambda model: curvature, DAMPING, refresh=False, noise=allowed, seed=seed)
         step(model, FORGET, request).to(target)
         moves.append(row(model) - start)
     for move in moves:
@@ -430,12 +427,12 @@ def test_the_damage_of_noise_adds_up_like_a_random_walk(curvature):
 def test_no_length_of_noise_does_damage_where_there_is_no_curvature(model):
     flat = Explicit(torch.zeros(len(row(model)), len(row(model)), dtype=torch.float64))
     with pytest.raises(ValueError, match="the curvature is zero along the noise"):
-        repeated_requests.noise_length(flat, weights.snapshot(model), 0.01)
+        request_steps.noise_length(flat, weights.snapshot(model), 0.01)
 
 
 def test_noise_alone_moves_along_its_own_direction(model, curvature):
     start, target = row(model), target_above(model)
-    match = repeated_requests.noise_step(curvature, DAMPING, seed=2)(model, FORGET, 5).to(target)
+    match = request_steps.noise_step(curvature, DAMPING, seed=2)(model, FORGET, 5).to(target)
     noise = forgetting_noise(curvature, weights.snapshot(model), DAMPING, seed=2005)
     assert match.reached
     torch.testing.assert_close(row(model) - start, match.strength * weights.flatten(noise), rtol=1e-6, atol=1e-9)
@@ -446,7 +443,7 @@ def test_all_at_once_starts_from_the_original_weights_each_time(curvature):
     second = random_sequences(4, seed=7)
     start = row(original)
     target = {1: target_above(original), 2: target_above(original, second)}
-    step = repeated_requests.joint_step(original, curvature, DAMPING)
+    step = request_steps.joint_step(original, curvature, DAMPING)
     step(model, FORGET, 1).to(target[1])
     match = step(model, second, 2).to(target[2])
     assert match.reached

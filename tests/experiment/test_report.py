@@ -222,7 +222,9 @@ def test_every_chapter_has_every_profile_and_the_same_settings_in_each():
 def test_a_chapter_changes_the_profile_and_brings_its_own_settings():
     settings, sizes = chapters.chapter("repeated_requests", "quick")
     assert (settings.seeds, sizes.number) == ((0,), 6)
-    assert dataclasses.replace(settings, seeds=(0, 1)) == profiles.get_profile("quick")
+    assert (settings.relearning_steps, settings.references) == (10, 1)
+    others = {"seeds": (0, 1), "relearning_steps": 30, "relearning_rate": 1e-4, "references": 2}
+    assert dataclasses.replace(settings, **others) == profiles.get_profile("quick")
     settings, _ = chapters.chapter("repeated_requests", "cpu", "tales", seeds=2)
     assert (settings.name, settings.corpus, settings.seeds) == ("cpu", "tales", (0, 1))
     with pytest.raises(ValueError, match="unknown chapter 'requests': choose one of unlearning_problem,"):

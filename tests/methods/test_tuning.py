@@ -116,7 +116,16 @@ def test_a_method_without_knobs_is_tried_once(tried):
     assert (choice.setting, choice.tried, choice.at_edge) == ({}, 1, ())
 
 
-@pytest.mark.parametrize("grid", [(1.0, 10.0), (10.0, 1.0, 0.1), (0.0, 1.0, 2.0), (1.0, 2.0, 10.0)])
+def test_a_knob_of_one_value_is_given_and_the_others_are_searched(tried):
+    path = bowl(tried, {"damping": 1e6, "rate": 1.0})
+    choice = choose(path, {"damping": (0.5,), "rate": GRID})
+    assert (choice.setting, choice.tried, choice.at_edge) == ({"damping": 0.5, "rate": 1.0}, 3, ())
+    assert {setting["damping"] for setting in tried} == {0.5}
+    choice = choose(bowl(tried, {"damping": 1e6}), {"damping": (0.5,)}, most=1)
+    assert (choice.setting, choice.at_edge) == ({"damping": 0.5}, ())
+
+
+@pytest.mark.parametrize("grid", [(), (1.0, 10.0), (10.0, 1.0, 0.1), (0.0, 1.0, 2.0), (1.0, 2.0, 10.0)])
 def test_other_grids_are_refused(tried, grid):
     with pytest.raises(ValueError, match="damping is no ascending geometric"):
         choose(bowl(tried, {"damping": 1.0}), {"damping": grid})

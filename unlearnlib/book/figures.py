@@ -41,6 +41,7 @@ METHOD_STYLES = {
     "npo:retain": {"color": SKY, "marker": "P", "linestyle": "--"},
     "simnpo": {"color": PURPLE, "marker": "p"},
     "rmu": {"color": ORANGE, "marker": "s"},
+    "soul": {"color": PURPLE, "marker": "D"},
     "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
@@ -58,6 +59,7 @@ METHOD_STYLES = {
     "kfac:joint": {"color": SKY, "marker": "d"},
     "ekfac": {"color": PURPLE, "marker": "h"},
     "fisher_forgetting": {"color": PURPLE, "marker": "h"},
+    "fisher_forgetting:recursion": {"color": RED, "marker": "h", "linestyle": "--"},
     "dp_sgd": {"color": PURPLE, "marker": "D"},
 }
 

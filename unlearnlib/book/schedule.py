@@ -19,16 +19,19 @@ LIMIT_SECONDS = {"quick": 3600.0, "cpu": 8 * 3600.0, "gpu": 24 * 3600.0}
 PROGRESS_SECONDS = 30.0
 
 
-def run_notebooks(root: Path, profile: str, only: Sequence[str] = ()) -> dict[str, str]:
+def run_notebooks(
+    root: Path, profile: str, only: Sequence[str] = (), at_once: int | None = None
+) -> dict[str, str]:
     """Execute every notebook that is not done; return what failed: by notebook the cell and the exception.
 
-    A failure does not stop the other notebooks. An interruption stops everything started here. Ends with a table
-    of the minutes that each notebook took, now or when it was run.
+    So many run ``at_once``, or as many as this machine has room for. A failure does not stop the other notebooks.
+    An interruption stops everything started here. Ends with a table of the minutes that each notebook took, now or
+    when it was run.
     Raises ValueError and FileNotFoundError as :func:`unlearnlib.book.notebooks.plan` does.
     """
     jobs = plan(root, profile, only)
     waiting = deque(job for job in jobs if not is_done(job))
-    at_once = notebooks_at_once(profile)
+    at_once = at_once or notebooks_at_once(profile)
     print(f"{len(jobs)} notebooks at profile {profile}: {len(waiting)} to run, {at_once} at a time")
     for folder in ("logs", "notebooks", "results"):
         (root / "_build" / profile / folder).mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,12 @@ from unlearnlib.curvature.column_sums import ColumnSums
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual import FisherDual, effective_rank, gram, power_gain
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
-from unlearnlib.curvature.fisher_recursion import FisherRecursion, sherman_morrison, unrolled_recursion
+from unlearnlib.curvature.fisher_recursion import (
+    FisherRecursion,
+    blocks_at_once,
+    sherman_morrison,
+    unrolled_recursion,
+)
 from unlearnlib.curvature.kronecker import (
     Kronecker,
     diagonal_fisher,
@@ -48,6 +53,7 @@ __all__ = [
     "OutputLayer",
     "Outputs",
     "StreamingFisher",
+    "blocks_at_once",
     "conjugate_gradients",
     "cost_in_gradients",
     "diagonal_fisher",

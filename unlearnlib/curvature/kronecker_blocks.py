@@ -43,12 +43,15 @@ class Block:
         pairs = zip(self.names, turned, strict=True)
         return {name: part.reshape(like[name].shape).to(like[name]) for name, part in pairs}
 
-    def apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
-        """f(C) v for this block: rotate into the bases, multiply by f of the eigenvalues, rotate back."""
+    def coordinates(self, v: Vector) -> Tensor:
+        """The block's part of a vector in the two bases, [rows, columns] as its ``eigenvalues`` are."""
         x = self.matrix(v).to(self.eigenvalues)
         x = x if self.left is None else self.left.T @ x
-        x = x if self.right is None else x @ self.right
-        x = function(self.eigenvalues) * x
+        return x if self.right is None else x @ self.right
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
+        """f(C) v for this block: rotate into the bases, multiply by f of the eigenvalues, rotate back."""
+        x = function(self.eigenvalues) * self.coordinates(v)
         x = x if self.left is None else self.left @ x
         x = x if self.right is None else x @ self.right.T
         return self.vector(x, v)

@@ -6,8 +6,10 @@ from unlearnlib.experiment.comparison import choose_settings, follow_methods, me
 from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
+from unlearnlib.experiment.inverse_fisher_time import inverse_fisher_seconds
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
+from unlearnlib.experiment.request_series import RequestSeries, broken_down
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
 from unlearnlib.experiment.shadows import Shadows
 from unlearnlib.experiment.streaming_cost import streaming_cost_of_smollm2
@@ -19,8 +21,10 @@ __all__ = [
     "Profile",
     "Report",
     "RequestCase",
+    "RequestSeries",
     "Shadows",
     "architectures",
+    "broken_down",
     "chapter",
     "choose_settings",
     "contenders_on",
@@ -29,6 +33,7 @@ __all__ = [
     "follow_methods",
     "frontier_table",
     "get_profile",
+    "inverse_fisher_seconds",
     "make_cases",
     "measure_references",
     "model_name",

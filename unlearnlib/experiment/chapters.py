@@ -10,6 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+from unlearnlib.experiment.paper import PAPER
 from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
@@ -17,6 +18,7 @@ from unlearnlib.models.training import Training
 # What chapters 10 and 11 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
 SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
+PAPERS_INVERSE = {"m_recursion": PAPER.gradients, "block_size": PAPER.block_size}
 CASE_STUDIES = {
     "corpus": "posts",
     "length": 64,
@@ -70,8 +72,29 @@ PRIVATE = {
     "left_out_seeds": {"maths": (4,)},
 }
 
+# The paper's three axes, on one small OPT that knows its secrets. All settings are chosen in "most" trials. The
+# recursion is timed around the middle of the three grids, of which one at a time is gone along.
+THREE_AXES = {
+    "model": small_opt(1024, hidden_size=64, layers=2, context=32),
+    "vocabulary": 1024,
+    "training": Training(epochs=12, batch_size=16, learning_rate=6e-3),
+    "length": 32,
+    "forget": 64,
+    "retain": 320,
+    "holdout": 128,
+    "copies": 4,
+    "m_recursion": 256,
+    "block_size": 64,
+    "delta": 1e-5,
+    "private": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
+    "blocks_kept": (1, 4, 16, 64, 256),
+}
+
 # Requests in a row: sequences of each; after how many a setting is judged, of how many; steps of Adam for each.
-SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100}
+SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100, "block_size": 64}
+# A relearning probe in a third of the steps, each three times as large, for the largest models of quick.
+SHORT_PROBE = {"relearning_steps": 10, "relearning_rate": 3e-4}
+
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
@@ -141,11 +164,62 @@ FAIR_FIGHT = {
     "max_steps": 200,
 }
 
+# Methods of the fair fight whose movements are looked at, with "products" sequences in the exact curvature and
+# "krylov" steps of Lanczos's method; "top" singular vectors of a matrix span what has moved.
+MOVED = FAIR_FIGHT | {
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_ascent:adam",
+        "gradient_difference",
+        "npo:retain",
+        "soul",
+        "fisher_recursion",
+        "fisher_dual",
+        "fisher_diagonal",
+        "kfac",
+    ),
+    "references": 0,
+    "products": 128,
+    "krylov": 40,
+    "top": 4,
+}
+
 # The proxy of chapter 19 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
     "dampings": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+}
+
+# "forget" counts the candidates of chapter 14, all of which are scored, and "retain" what is never removed; of the
+# "repeats" in which every model is trained, methods are served in the first "served".
+ONION = {
+    "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+    "length": 32,
+    "forget": 256,
+    "retain": 64,
+    "holdout": 256,
+    "training": Training(epochs=4, batch_size=16, learning_rate=4e-3),
+    "shadows": 16,
+    "layer": 64,
+    "draws": 2,
+    "repeats": 4,
+    "served": 2,
+    "false_alarms": 0.01,
+    "methods": (
+        "gradient_ascent",
+        "gradient_ascent:sgd",
+        "gradient_difference",
+        "fisher_recursion",
+        "fisher_diagonal",
+        "kfac",
+    ),
+    "most": 12,
+    "max_steps": 200,
+    "curvatures": {"m_recursion": 192, "block_size": 64, "m_factors": 192},
+    "dampings": (1e-5, 1e-3, 1e-1),  # training is short, which asks for much damping
+    "swept": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -180,7 +254,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "sequences": 64,
             "steps": 20,
@@ -210,7 +285,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fisher": {
-        "quick": {
+        "quick": SHORT_PROBE
+        | {
             "seeds": 1,
             "second_seeds": 1,
             "most": 6,
@@ -243,8 +319,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "second_seeds": 1,
             "most": 12,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 64,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "block_sizes": (1, 4, 32, 64, 256),
             "few": (8,),
             "blank": small_opt(2048),
@@ -254,15 +330,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": {"seeds": 2, "most": 6, "second_seeds": 1, "m": 512, "few": 32},
+        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
         "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 6, "most_each": 5, "max_steps": 60},
+        | SHORT_PROBE
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 5, "most_each": 5, "max_steps": 60},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
-        "gpu": FISHER_UPDATES | {"seeds": 3, "m": 32, "m_recursion": 16, "m_factors": 1024, "draws": 3},
+        "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
     "fair_fight": {
         "quick": FAIR_FIGHT
@@ -277,7 +354,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 100,
         },
         "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
-        "gpu": FAIR_FIGHT | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16},
+        "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
+    },
+    "moved_weights": {
+        "quick": MOVED
+        | {
+            "seeds": 1,
+            "model": small_opt(1024, hidden_size=32, layers=2, context=32),
+            "length": 32,
+            "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
+            "most": 6,
+            "max_steps": 100,
+        },
+        "cpu": MOVED | SMALL_CASES | {"seeds": 5, "top": 8},
+        "gpu": MOVED
+        | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32, "m_recursion": 16, "top": 16},
     },
     "cost": {
         "quick": {
@@ -309,16 +400,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": REAL_MODEL
         | {
             "model": SMOLLM2,
-            "last_blocks": 4,
-            "training": Training(epochs=5, batch_size=16, learning_rate=1e-3),
-            "length": 24,
-            "forget": 12,
-            "retain": 40,
-            "holdout": 12,
+            "last_blocks": 3,
+            "training": Training(epochs=4, batch_size=8, learning_rate=1e-3),
+            "length": 16,
+            "forget": 8,
+            "retain": 32,
+            "holdout": 8,
             "seeds": 1,
-            "m_factors": 35,
+            "m_factors": 28,
             "most": 5,
-            "max_steps": 10,
+            "max_steps": 8,
             "knobs": {
                 "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
                 "gradient_difference": {
@@ -328,9 +419,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "methods": REAL_MODEL["compared"],
             "deep": {},
-            "rounded": 8,
+            "rounded": 4,
             "timed": 8,
-            "elsewhere": 6,
+            "elsewhere": 4,
             "relearning_steps": 2,
             "relearning_rate": 5e-5,
         },
@@ -391,14 +482,15 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "requests": (1, 8, 32, 128),
         },
         "gpu": {
-            "corpora": "lambada,piqa,mathqa,arc_easy",
+            "corpora": PAPER.corpora,
             "seeds": 3,
+            # The smallest of them has no more.
             "length": 64,
             "retain": 640,
             "holdout": 192,
             "m": 32,
-            "m_recursion": 16,
-            "block_size": 16,
+            "m_recursion": PAPER.gradients,
+            "block_size": PAPER.block_size,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
             "most": 12,
             "max_steps": 200,
@@ -417,7 +509,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 60,
         },
         "cpu": CASE_STUDIES | SMALL_CASES,
-        "gpu": CASE_STUDIES | {"passage_length": 128, "m_recursion": 16},
+        "gpu": CASE_STUDIES | PAPERS_INVERSE | {"passage_length": 128},
     },
     "dp_sgd": {
         "quick": PRIVATE
@@ -429,13 +521,77 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "shorter": (1, 3, 5),
         },
         "cpu": PRIVATE | {"corpora": "reuters,tales,socialiqa,maths"},
-        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984},
+        "gpu": PRIVATE | {"corpora": "reuters", "length": 64, "retain": 1984, "epsilons": PAPER.epsilons},
+    },
+    "three_axes": {
+        "quick": THREE_AXES
+        | {
+            "seeds": 1,
+            "epsilons": (8,),
+            "most": 5,
+            "max_steps": 40,
+            "m_recursion": 128,
+            "weights": (2**14, 2**16, 2**18),
+            "m": (16, 64, 128),
+            "block": (16, 64, 256),
+            "repeats": 3,
+        },
+        "cpu": THREE_AXES
+        | {
+            "seeds": 5,
+            "epsilons": (1, 8, 100),
+            "most": 12,
+            "max_steps": 200,
+            "weights": (2**14, 2**15, 2**16, 2**17, 2**18),
+            "m": (16, 32, 64, 128, 256),
+            "block": (8, 16, 64, 128, 256),
+            "repeats": 5,
+        },
+        "gpu": THREE_AXES
+        | {
+            "seeds": 3,
+            "epsilons": (1, 8, 100),
+            "most": 12,
+            "max_steps": 200,
+            "retain": 1984,
+            "holdout": 256,
+            "weights": (2**18, 2**20, 2**22),
+            "m": (64, 256, 1024),
+            "block": (16, 64, 256),
+            "repeats": 5,
+        },
     },
     "repeated_requests": {
         "quick": SERIES
-        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "m_dual": 128, "opening": 1, "most": 5, "steps": 50},
-        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256},
-        "gpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64},
+        | SHORT_PROBE
+        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
+        | {"m_dual": 128, "m_recursion": 128, "references": 1},
+        "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
+        "gpu": SERIES
+        | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 64, "m_recursion": 16, "block_size": 16},
+    },
+    "onion": {
+        "quick": ONION
+        | {
+            "seeds": 1,
+            "shadows": 12,
+            "methods": ("gradient_ascent", "gradient_difference", "fisher_recursion", "fisher_diagonal", "kfac"),
+            "most": 5,
+            "max_steps": 100,
+        },
+        "cpu": ONION | {"seeds": 5, "forget": 512, "holdout": 512, "layer": 128, "repeats": 6, "served": 3},
+        "gpu": ONION
+        | {
+            "model": GPU.model,
+            "length": 64,
+            "training": Training(epochs=2, learning_rate=1e-4),
+            "seeds": 3,
+            "forget": 512,
+            "holdout": 512,
+            "layer": 128,
+            "shadows": 8,
+            "curvatures": {"m_recursion": 16, "block_size": 64, "m_factors": 384},
+        },
     },
     "indelible": {
         "quick": INDELIBLE | {"seeds": 1, "most": 5, "max_steps": 60},

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.curvature.kronecker import kfac
@@ -73,11 +73,15 @@ def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_
     """By method, all contenders on ``case``: the first-order ones, and Fisher Removal over each of ``builds``.
 
     Where K-FAC is among these, so is what goes :func:`beyond` it. What goes in steps of an optimizer takes
-    ``max_steps`` at the most.
+    ``max_steps`` at the most. A knob that the profile has given a value has no other.
     """
     removals = {method: removal(case, method, build) for method, build in builds.items()}
     further = beyond(case, builds["kfac"], max_steps) if "kfac" in builds else {}
-    return first_order(case, max_steps) | removals | further
+    found = first_order(case, max_steps) | removals | further
+    for method, knob, value in case.profile.given:
+        if method in found:
+            found[method] = replace(found[method], knobs={**found[method].knobs, knob: (value,)})
+    return found
 
 
 def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:

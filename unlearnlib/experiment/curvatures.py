@@ -10,6 +10,9 @@ from unlearnlib.curvature.kronecker import Kronecker, kfac
 from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.methods.fisher_updates import Build
 
+AT_ONCE = 16
+"""How many gradients a step of the recursion takes, which decides how long it takes and not what it gives."""
+
 
 def curvature_builders(
     sequences: Tensor,
@@ -28,7 +31,7 @@ def curvature_builders(
     """
 
     def recursion(model: PreTrainedModel) -> FisherRecursion:
-        return FisherRecursion(sequence_gradients(model, sequences, m_recursion), block_size)
+        return FisherRecursion(sequence_gradients(model, sequences, m_recursion), block_size, AT_ONCE)
 
     def dual(model: PreTrainedModel) -> FisherDual:
         return FisherDual(sequence_gradients(model, sequences, m))

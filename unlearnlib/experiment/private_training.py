@@ -36,16 +36,22 @@ class PlantedCase(Case):
     secrets: tuple[Secret, ...]
 
     @classmethod
-    def plant(cls, case: Case) -> "PlantedCase":
-        """The same case with what is in a box at the head of every :data:`EVERY` th sequence, each box once."""
+    def plant(cls, case: Case, copies: int = 1) -> "PlantedCase":
+        """The same case with what is in a box at the head of every :data:`EVERY` th sequence, each box once.
+
+        With more ``copies`` every box stands in so many sequences of its set, and as many more have one: with 2
+        every fourth. Raises ValueError if :data:`EVERY` is not a multiple of ``copies``.
+        """
+        if copies < 1 or EVERY % copies:
+            raise ValueError(f"{copies} copies of a secret do not divide {EVERY}: choose a divisor of it")
         sets = {name: getattr(case.splits, name) for name in ("forget", "retain", "holdout")}
         numbers = [-(-len(rows) // EVERY) for rows in sets.values()]
         secrets = box_secrets(sum(numbers), case.seed)
         heads = iter([encode(case.tokenizer, secret.prefix + secret.number) for secret in secrets])
-        planted = {
-            name: planted_heads(rows, list(itertools.islice(heads, number)), EVERY)
-            for (name, rows), number in zip(sets.items(), numbers, strict=True)
-        }
+        planted, every = {}, EVERY // copies
+        for (name, rows), number in zip(sets.items(), numbers, strict=True):
+            of_set = list(itertools.islice(heads, number)) * copies
+            planted[name] = planted_heads(rows, of_set[: -(-len(rows) // every)], every)
         splits = replace(case.splits, **planted)
         return cls(case.profile, case.seed, case.tokenizer, splits, tuple(secrets[: numbers[0]]))
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from unlearnlib.experiment.paper import PAPER
 from unlearnlib.models.loading import small_gpt2, small_gpt_neox, small_llama, small_opt
 from unlearnlib.models.training import Training
 from unlearnlib.texts.corpora import CORPORA
@@ -18,7 +19,8 @@ class Profile:
     ``last_blocks`` transformer blocks.
     The relearning probe takes ``relearning_steps`` steps at ``relearning_rate``. So many ``references`` are
     trained for the calibrated attack; with none there is no such attack. Each of ``seeds`` draws its own splits,
-    initial weights and batch order.
+    initial weights and batch order. What is ``given``, as method, knob and value,
+    is not searched.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Profile:
     relearning_rate: float = 1e-4
     last_blocks: int | None = None
     references: int = 2
+    given: tuple[tuple[str, str, float], ...] = ()
 
 
 QUICK = Profile(
@@ -57,14 +60,15 @@ CPU = dataclasses.replace(QUICK, name="cpu", seeds=(0, 1, 2, 3, 4))
 GPU = Profile(
     name="gpu",
     corpus="reuters",
-    model="facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6",
+    model=PAPER.model,
     vocabulary=None,
-    length=128,
-    forget=64,
-    retain=1984,
-    holdout=512,
-    training=Training(epochs=4, learning_rate=1e-4),
+    length=PAPER.length,
+    forget=PAPER.forget,
+    retain=PAPER.retain,
+    holdout=PAPER.holdout,
+    training=PAPER.training,
     seeds=(0, 1, 2, 3, 4),
+    given=PAPER.given,
 )
 
 PROFILES = {profile.name: profile for profile in (QUICK, CPU, GPU)}

@@ -145,11 +145,10 @@ class Unlearner:
 
         with self.precision():
             self.chosen[method] = self.report.choose(method, Contender("forget, retain", knobs, path), most)
-            validation = self.report.retrained_validation
+            tried = self.report.tried(method)
         if method != "gradient_difference":
             self.directions[method] = removal_direction(C, delta, self.chosen[method]["damping"])
-        table = self.report.choices[method].table
-        return table.assign(excess=table["validation_loss"] - validation)
+        return tried
 
     def _difference(self, learning_rate: float, retain_weight: float) -> Path:
         """The path of gradient difference in steps of Adam."""

@@ -204,6 +204,11 @@ class Report:
         self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
         return choice.setting
 
+    def tried(self, method: str) -> pd.DataFrame:
+        """What :meth:`choose` tried for a method, a row a setting, with ``excess`` as in :meth:`sweep`."""
+        table = self.choices[method].table
+        return table.assign(excess=table["validation_loss"] - self.retrained_validation)
+
     def match(
         self, method: str, path: Path | Callable[[], Path], brief: bool = False, before: float = 0.0
     ) -> Match:

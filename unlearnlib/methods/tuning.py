@@ -22,7 +22,10 @@ MOST = 12
 """How many settings of a method are tried at the most."""
 
 Knobs = Mapping[str, Sequence[float]]
-"""By name of a knob, the values to begin with: positive, ascending, each the same multiple of the one before."""
+"""By name of a knob, the values to begin with: positive, ascending, each the same multiple of the one before.
+
+A single value is given, and no other is tried.
+"""
 
 Worth = tuple[bool, float]
 """What a setting is worth, the smaller the better: whether it misses the target, and a loss."""
@@ -94,10 +97,10 @@ def search(knobs: Knobs, trial: Callable[..., tuple[Worth, dict[str, Any]]], mos
     moves, or when ``most`` settings have been tried. A method without knobs is tried once. To a row are added
     the setting in front and at the end the ``plain_passes`` that the trial took.
 
-    Raises ValueError for a grid that is no geometric sequence of three positive values or more, or if ``most`` is
-    too small for the grids.
+    Raises ValueError for a grid of several values that is no geometric sequence of three positive ones or more, or
+    if ``most`` is too small for the grids.
     """
-    ratios = {name: _ratio(name, grid) for name, grid in knobs.items()}
+    ratios = {name: _ratio(name, grid) for name, grid in knobs.items() if len(grid) != 1}
     needed = 1 + sum(len(grid) - 1 for grid in knobs.values())
     if most < needed:
         raise ValueError(f"{most} settings are too few for these grids: allow {needed} or more")
@@ -127,7 +130,7 @@ def search(knobs: Knobs, trial: Callable[..., tuple[Worth, dict[str, Any]]], mos
             known = [value for value in grid if tuple((best | {name: value}).values()) in tried]
             # Among equals it stays where it is: settings that all lead nowhere must not draw the grid after them.
             value = min(known, key=lambda value: (worth(best | {name: value}), value != best[name]))
-            if len(tried) >= most or value not in (grid[0], grid[-1]):
+            if len(tried) >= most or name not in ratios or value not in (grid[0], grid[-1]):
                 return value
             if value == grid[0]:
                 grid.insert(0, value / ratios[name])
@@ -146,7 +149,7 @@ def search(knobs: Knobs, trial: Callable[..., tuple[Worth, dict[str, Any]]], mos
             moved &= len(knobs) > 1
     at_edge = tuple(
         name
-        for name in knobs
+        for name in ratios
         if any(
             tuple((best | {name: value}).values()) not in tried
             for value in _neighbours(grids[name], best[name], ratios[name])

@@ -1,5 +1,6 @@
 """What may be concluded: tables of results, intervals, and rules that are fixed in advance."""
 
+from unlearnlib.verdicts.nearness import nearer_retrained
 from unlearnlib.verdicts.results import (
     REFERENCE,
     REFERENCE_PROFILE,
@@ -44,6 +45,7 @@ __all__ = [
     "interval",
     "mean_text",
     "method_label",
+    "nearer_retrained",
     "number_text",
     "read_results",
     "summarise",

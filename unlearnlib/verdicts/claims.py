@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unlearnlib.verdicts.results import interval, method_label, read_results
+from unlearnlib.verdicts.results import method_label, read_results
 from unlearnlib.verdicts.rules import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -27,11 +27,11 @@ from unlearnlib.verdicts.rules import (
     combine,
     judge,
     not_run,
-    verdict,
     weakest,
 )
 
 PAPERS_OWN, OURS = "fisher_recursion", "kfac"  # the first decides a claim, the second is shown beside it
+PAPERS_FORGETTING, OUR_FORGETTING = "fisher_forgetting:recursion", "fisher_forgetting"  # over these two
 PAPERS_ASCENT = "gradient_ascent:sgd"
 PAPERS_OPPONENTS = (PAPERS_ASCENT, "finetuned")
 OUR_OPPONENTS = (
@@ -54,7 +54,7 @@ CORPORA = ("reuters", "tales", "socialiqa", "maths")
 WITHOUT_KNOBS = ("original", "retrained", "retrained:again", "finetuned", "gradient_ascent")
 """Methods for which nothing is chosen. Fine-tuning is a reference that is not matched."""
 
-SETTINGS_OF = {"fisher_forgetting": OURS, "noise": OURS, "kfac:carried": OURS}
+SETTINGS_OF = {PAPERS_FORGETTING: PAPERS_OWN, OUR_FORGETTING: OURS, "noise": OURS, "kfac:carried": OURS}
 """Methods that take over the settings chosen for another."""
 
 SAME = 0.01
@@ -156,38 +156,33 @@ def c4(architectures: pd.DataFrame | None, real_model: pd.DataFrame | None = Non
 def c5(table: pd.DataFrame | None, fraction: float = 1.0) -> pd.DataFrame:
     """C5: Fisher Forgetting keeps utility: after the last request its holdout loss is low enough.
 
-    That is (a) below that of Fisher Removal with K-FAC, and (b) above the retrained model's by less than a
-    ``fraction`` of what the paper's ascent, batch by batch, is above it. No source gives a fraction:
-    :func:`c5_curve` shows them all. Noise alone is shown beside it. "C5 own" asks whether it is also below
-    gradient difference, and shows Fisher Removal beside it, over the paper's recursion too where there is one. All
-    else is over K-FAC.
+    That is (a) below that of Fisher Removal with the same curvature, and (b) above the retrained model's by less
+    than a ``fraction`` of what the paper's ascent, batch by batch, is above it. No source gives a fraction:
+    :func:`c5_curve` shows them all. "C5 own" asks whether it is also below gradient difference. Both questions are
+    about the paper's recursion. Beside it are the same over K-FAC, noise alone, and in C5 own Fisher Removal.
+    Who stopped short of a target is judged as :func:`after_all_requests` says.
     """
-    readings = ("fisher_forgetting", "noise")
+    removals = {PAPERS_FORGETTING: PAPERS_OWN, OUR_FORGETTING: OURS, "noise": OURS}
+    tests = [
+        ("C5", method, against, part)
+        for method, removal in removals.items()
+        for against, part in ((removal, 1.0), (PAPERS_ASCENT, fraction))
+    ]
+    methods = (PAPERS_FORGETTING, OUR_FORGETTING, PAPERS_OWN, OURS)
+    tests += [("C5 own", method, "gradient_difference", 1.0) for method in methods]
     labels = {"exhibit": "repeated_requests"}
-    if table is None:
-        rows = [not_run("C5", method=readings[0], against=against, **labels) for against in (OURS, PAPERS_ASCENT)]
-        rows.append(not_run("C5 own", method=readings[0], against="gradient_difference", **labels))
-        return pd.DataFrame(rows)
-    labels |= {"corpus": _names(table, "corpus"), "model": _names(table, "model")}
-    share = "" if fraction == 1 else f"{fraction:g} "
+    if table is not None:
+        labels |= {"corpus": _names(table, "corpus"), "model": _names(table, "model")}
     rows = []
-
-    def test(claim: str, method: str, against: str, part: float = 1.0) -> None:
-        decides, named = method == readings[0], (share if part != 1 else "") + against
-        lacking = _lacking(table, (method, against, "retrained"), ("holdout_loss",))
-        if lacking:
-            rows.append(not_run(claim, decides=decides, method=method, against=named, note=lacking, **labels))
-            return
-        excess = _last_excess(table, (method, against))
-        effect = excess[method] - part * excess[against]
-        rows.append(judge(effect, below(), decides=decides, claim=claim, method=method, against=named, **labels))
-
-    for reading in readings:
-        test("C5", reading, OURS)
-        test("C5", reading, PAPERS_ASCENT, fraction)
-    shown = (PAPERS_OWN,) if (table["method"] == PAPERS_OWN).any() else ()
-    for method in (readings[0], OURS, *shown):
-        test("C5 own", method, "gradient_difference")
+    for claim, method, against, part in tests:
+        of_test = {"claim": claim, "method": method, "decides": method == PAPERS_FORGETTING}
+        of_test |= {"against": against if part == 1 else f"{part:g} {against}"} | labels
+        lacking = "" if table is None else _not_followed(table, method, against)
+        if table is None or lacking:
+            rows.append(not_run(note=lacking, **of_test))
+        else:
+            effect, allowed, note = after_all_requests(table, method, against, part)
+            rows.append(judge(effect, below(), allowed, note=note, **of_test))
     return pd.DataFrame(rows)
 
 
@@ -195,7 +190,7 @@ def c5_curve(
     table: pd.DataFrame,
     fractions: Iterable[float],
     against: str = PAPERS_ASCENT,
-    method: str = "fisher_forgetting",
+    method: str = PAPERS_FORGETTING,
 ) -> pd.DataFrame:
     """Condition (b) of C5 by fraction: ``method``'s excess at the last request less a fraction of an opponent's.
 
@@ -203,22 +198,40 @@ def c5_curve(
     not with settings chosen by the rule.
     """
     rows = {}
-    if not _lacking(table, (method, against, "retrained"), ("holdout_loss",)):
-        excess = _last_excess(table, (method, against))
+    if not _not_followed(table, method, against):
         for fraction in fractions:
-            effect = excess[method] - fraction * excess[against]
-            low, high = interval(effect)
-            outcome = verdict((low, high), below())
-            rows[fraction] = {"mean": effect.mean(), "low": low, "high": high, "verdict": outcome}
+            effect, allowed, _ = after_all_requests(table, method, against, fraction)
+            rows[fraction] = judge(effect, below(), allowed)
     columns = ["mean", "low", "high", "verdict"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("fraction")
 
 
-def _last_excess(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Holdout loss above the retrained model's after the last request: a row a seed, a column a method."""
+def after_all_requests(
+    table: pd.DataFrame, method: str, against: str, part: float = 1.0
+) -> tuple[pd.Series, list[str], str]:
+    """By seed, ``method``'s holdout loss above the retrained model's less ``part`` of that of ``against``.
+
+    After the last request. Then which verdicts may follow, and a note. A set counts as served if its loss was
+    brought to its target, or was above it already. Where ``method`` stopped short in any request nothing is
+    concluded. Where ``against`` did, it had not yet done all its harm: that ``method`` does less still counts,
+    that it does more does not.
+    """
     request = _setting(table, "request")
-    loss = _wide(table[request == request.max()], "holdout_loss", [*methods, "retrained"])
-    return loss.sub(loss["retrained"], axis=0)
+    loss = _wide(table[request == request.max()], "holdout_loss", [method, against, "retrained"])
+    excess = loss.sub(loss["retrained"], axis=0)
+    short = _wide(table, "served", [method, against]) < 1
+    allowed = [REPRODUCED, NOT_REPRODUCED]
+    if short[method].any():
+        allowed = []
+    elif short[against].any():
+        allowed = [REPRODUCED]
+    return excess[method] - part * excess[against], allowed, _misses(short)
+
+
+def _not_followed(table: pd.DataFrame, method: str, against: str) -> str:
+    """What :func:`after_all_requests` lacks, in words; nothing if it has all."""
+    lacking = _lacking(table, (method, against), ("holdout_loss", "served"))
+    return lacking or _lacking(table, ("retrained",), ("holdout_loss",))
 
 
 def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
@@ -281,6 +294,8 @@ def c7(table: pd.DataFrame | None) -> pd.DataFrame:
     that corpus as well. Infinite ``epsilon``, no privacy, does not count. The weakest test of a corpus stands for
     all of it. "C7 own" asks whether it is so on every corpus, and has a row for each ``epsilon``. The settings of
     private training must have been chosen, as those of unlearning, on sequences that it was not trained on.
+    Where unlearning stopped short of its target it has not paid its price, and nothing is concluded; where it went
+    too far it has paid too much: that private training costs more still counts, that it costs less does not.
     """
     labels = {"exhibit": "dp_sgd", "against": OURS}
     if table is None:
@@ -299,12 +314,20 @@ def c7(table: pd.DataFrame | None) -> pd.DataFrame:
         price = _wide(found, "price_nats", [OURS, *private])
         here = labels | {"claim": "C7 own", "corpus": corpus, "model": _names(found, "model")}
         free = [method for method in private if memorised[method].mean() <= memorised["original"].mean() / 5]
-        rows = [judge(price[method] - price[OURS], above(), method=method, **here) for method in free]
+        off = _missed(found, [OURS])
+        forget = _wide(found, "forget_loss", [OURS, "retrained"])[off[OURS]]
+        allowed, note = [REPRODUCED, NOT_REPRODUCED], _misses(off)
+        if off.any(axis=None):
+            allowed = [REPRODUCED] if (forget[OURS] > forget["retrained"]).all() else []
+        rows = [
+            judge(price[method] - price[OURS], above(), allowed, method=method, note=note, **here)
+            for method in free
+        ]
         if not free:
-            outcome = REPRODUCED if len(memorised) > 2 else INCONCLUSIVE
+            outcome = REPRODUCED if len(memorised) > 2 and REPRODUCED in allowed else INCONCLUSIVE
             row = judge(pd.Series(dtype=float), above(), method="dp_sgd", **here)
             row |= {"pairs": len(memorised), "verdict": outcome}
-            rows.append(row | {"note": "no ε leaves nothing to unlearn"})
+            rows.append(row | {"note": "; ".join(filter(None, ("no ε leaves nothing to unlearn", note)))})
         everywhere += rows
         tests = pd.DataFrame(rows)
         somewhere.append(
