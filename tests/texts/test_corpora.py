@@ -17,12 +17,14 @@ import pytest
 
 from unlearnlib.texts import corpora, wheels
 
-OFFLINE = ["tales", "socialiqa", "maths", "reuters"]
+OFFLINE = ["tales", "socialiqa", "maths", "reuters", "licences"]
+OLDER = ("OSL-2.1", "RPSL-1.0")  # licences in Latin-1
 COLUMNS = {
     "tales": ["id", "text"],
     "socialiqa": ["id", "text", "question", "options", "answer"],
     "maths": ["id", "text", "question", "answer"],
     "reuters": ["id", "text", "topic"],
+    "licences": ["id", "text"],
     "lambada": ["id", "text"],
     "piqa": ["id", "text", "question", "options", "answer"],
     "mathqa": ["id", "text", "question", "options", "answer"],
@@ -113,6 +115,20 @@ def test_reuters(loaded):
         assert row["topic"] == rows[i][0]
         assert stripped.index(row["text"]) == i  # the first of its duplicates
     assert set(corpus["topic"]) == {"acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"}
+
+
+def test_licences(loaded):
+    with zipfile.ZipFile(wheels.fetch(wheels.SPDX)) as archive:
+        source = {name.split("/")[-1][:-4]: archive.read(name) for name in archive.namelist() if ".txt" in name}
+    found = {}
+    for row in loaded["licences"]:
+        name = row["id"].removeprefix("licences/")
+        encoding = "latin-1" if name in OLDER else "utf-8"
+        assert words(row["text"]) == words(source[name].decode(encoding))
+        found[name] = row["text"]
+    assert len(found) == 331
+    assert {"MIT", "GPL-2.0", "Apache-2.0"} <= found.keys()
+    assert "README" not in found
 
 
 def social_by_hand(line):
@@ -303,16 +319,16 @@ def test_hub_corpora_offline_say_what_to_do(monkeypatch, name):
     with pytest.raises(wheels.DownloadError, match="Couldn't reach the hub") as caught:
         corpora.load_corpus(name)
     message = str(caught.value)
-    for part in (repr(name), corpora.HUB[name][0], "HF_HUB_OFFLINE", "tales, socialiqa, maths, reuters"):
+    for part in (repr(name), corpora.HUB[name][0], "HF_HUB_OFFLINE", "tales, socialiqa, maths, reuters, licences"):
         assert part in message
 
 
 def test_offline_corpora_need_no_hub(monkeypatch, loaded):
     monkeypatch.setattr(datasets, "load_dataset", None)
     counts = collections.Counter({name: len(corpora.load_corpus(name)) for name in OFFLINE})
-    assert counts == {"tales": 57, "socialiqa": 2_197, "maths": 2_000, "reuters": 5_423}
+    assert counts == {"tales": 57, "socialiqa": 2_197, "maths": 2_000, "reuters": 5_423, "licences": 331}
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="tales, socialiqa, maths, reuters, lambada"):
+    with pytest.raises(ValueError, match="tales, socialiqa, maths, reuters, licences, lambada"):
         corpora.load_corpus("wikitext")

@@ -101,12 +101,19 @@ class TaleCase(Case):
 
 
 def post_cases(profile: Profile, numbers: Mapping[str, int], repeats: Sequence[int]) -> list[PostCase]:
-    """A case a seed of so many posts in each split, in the order in which they are dealt; trains their models.
+    """:func:`planted_cases` of the newsgroup posts."""
+    return planted_cases(profile, {row["id"]: row["text"] for row in load_posts()}, numbers, repeats)
 
-    Into those to forget, and likewise into those that stay, secrets are planted, of ``repeats`` copies each.
+
+def planted_cases(
+    profile: Profile, posts: dict[str, str], numbers: Mapping[str, int], repeats: Sequence[int]
+) -> list[PostCase]:
+    """A case a seed of so many ``posts`` in each split, in the order in which they are dealt; trains their models.
+
+    ``posts`` are texts by id. Into those to forget, and likewise into those that stay, secrets are planted, of
+    ``repeats`` copies each.
     Raises ValueError if there are not so many posts of :data:`ROWS_OF_A_POST` sequences, or as ``spread``.
     """
-    posts = {row["id"]: row["text"] for row in load_posts()}
     tokenizer = _tokenizer(profile, posts.values())
     tokens = {name: encode(tokenizer, text) for name, text in posts.items()}
     long = [name for name, ids in tokens.items() if len(ids) >= ROWS_OF_A_POST * profile.length]

@@ -38,6 +38,23 @@ SMALL_CASES = {
     "relearning_rate": 3e-4,
 }
 
+# Of chapter 15: corpora of real texts, how many of them are in each split, copies of each secret planted on one
+# side, the tokens of a memory and how many come before the first. Trained for long, so that there is something
+# to forget.
+INDELIBLE = {
+    "length": 64,
+    "model": small_opt(1024, hidden_size=64, layers=2),
+    "training": Training(epochs=24, batch_size=16, learning_rate=4e-3),
+    "corpora": "posts,licences",
+    "texts": {"holdout": 24, "forget": 16, "retain": 64},
+    "repeats": (*[1] * 10, 2, 2, 4, 4),
+    "span": 6,
+    "prompt": 8,
+    "m_recursion": 128,
+    "block_size": 64,
+    "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
+}
+
 # The model of chapter 12 and its sets are small, because private training is slow.
 PRIVATE = {
     "model": small_llama(1024, hidden_size=32, layers=2, context=64),
@@ -574,6 +591,21 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "layer": 128,
             "shadows": 8,
             "curvatures": {"m_recursion": 16, "block_size": 64, "m_factors": 384},
+        },
+    },
+    "indelible": {
+        "quick": INDELIBLE | {"seeds": 1, "most": 5, "max_steps": 60},
+        "cpu": INDELIBLE | {"seeds": 5, "most": 12, "max_steps": 200},
+        "gpu": INDELIBLE
+        | {
+            "model": GPU.model,
+            "training": Training(epochs=12, batch_size=16, learning_rate=1e-4),
+            "corpora": "posts,licences,aeslc",
+            "seeds": 3,
+            "most": 8,
+            "max_steps": 200,
+            "m_recursion": 16,
+            "block_size": 16,
         },
     },
     "own_model": {

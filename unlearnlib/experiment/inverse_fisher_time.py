@@ -76,7 +76,7 @@ def gpu_times(folder: str | Path) -> pd.DataFrame:
 
 
 def operations(weights: float, m: float, block: float) -> float:
-    """4 m d b: a product with each block, and an update of it, for every gradient; each 2 b² operations a block."""
+    """4 m d b: for every gradient a product with each block and an update of it, of 2 b² operations each."""
     return 4.0 * m * weights * block
 
 

