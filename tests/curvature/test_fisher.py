@@ -304,3 +304,9 @@ def test_a_block_needs_a_weight(gradients):
 def test_a_step_of_the_recursion_needs_a_gradient(gradients):
     with pytest.raises(ValueError, match="at least 1 gradient, not 0"):
         fisher_recursion.FisherRecursion(gradients, 5, at_once=0)
+
+
+def test_a_damping_below_what_single_precision_resolves_is_told_as_such():
+    matrices = 1e3 * torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(FloatingPointError, match="too small"):
+        fisher_recursion.woodbury(torch.cat([matrices, matrices], dim=1), 1e-9, 4)

@@ -1,5 +1,6 @@
 import itertools
 
+import pandas as pd
 import pytest
 import torch
 
@@ -45,3 +46,25 @@ def test_numbers_below_one_are_refused(wrong):
     numbers = {"weights": 8, "m": 2, "block": 4, "repeats": 1}
     with pytest.raises(ValueError, match=f"{wrong} must be at least 1, not 0"):
         inverse_fisher_time.inverse_fisher_seconds(**(numbers | {wrong: 0}), device="cpu")
+
+
+# What was measured elsewhere, and one rate
+
+
+def test_times_on_gpus_are_none_until_they_are_measured(tmp_path):
+    assert inverse_fisher_time.gpu_times(tmp_path).empty
+    path = tmp_path / inverse_fisher_time.GPU_TIMES
+    path.write_text("card,weights,m,block,seconds,extra\nX100,64,2,8,0.5,1\n")
+    [row] = inverse_fisher_time.gpu_times(tmp_path).to_dict("records")
+    assert row == {"card": "X100", "weights": 64, "m": 2, "block": 8, "seconds": 0.5}
+    path.write_text("card,weights,block,seconds\nX100,64,8,0.5\n")
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) m:"):
+        inverse_fisher_time.gpu_times(tmp_path)
+
+
+def test_a_rate_is_the_one_by_which_times_were_made():
+    times = pd.DataFrame({"weights": [100, 400, 100], "m": [3, 3, 30], "block": [5, 5, 10]})
+    times["seconds"] = [6000 / 7, 24000 / 7, 120000 / 7]
+    assert inverse_fisher_time.fitted_rate(times) == pytest.approx(7)
+    times["seconds"] *= [4, 1, 0.25]  # off by as much to either side
+    assert inverse_fisher_time.fitted_rate(times) == pytest.approx(7)

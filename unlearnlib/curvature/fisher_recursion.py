@@ -97,6 +97,7 @@ def woodbury(blocks: Tensor, damping: float, at_once: int) -> Tensor:
 
     With rows G [at_once, size] of B, (A + GᵀG/m)⁻¹ = A⁻¹ − A⁻¹Gᵀ(mI + GA⁻¹Gᵀ)⁻¹GA⁻¹ (Woodbury 1950), which for one
     row is Sherman and Morrison's identity. Products of matrices use a number often for each time it is fetched.
+    Raises FloatingPointError where λ is too small for the precision of the numbers.
     """
     number, m, size = blocks.shape
     inverse = torch.eye(size, dtype=blocks.dtype, device=blocks.device).div(damping).repeat(number, 1, 1)
@@ -104,7 +105,11 @@ def woodbury(blocks: Tensor, damping: float, at_once: int) -> Tensor:
         columns = inverse @ g.mT
         inner = g @ columns
         inner.diagonal(dim1=1, dim2=2).add_(m)
-        root = torch.linalg.cholesky(inner)
+        root, failed = torch.linalg.cholesky_ex(inner)
+        if failed.any():
+            raise FloatingPointError(
+                f"λ = {damping:g} is too small for numbers of {blocks.dtype}: take a larger one"
+            )
         columns = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
         inverse.baddbmm_(columns, columns.mT, alpha=-1)
     return inverse
