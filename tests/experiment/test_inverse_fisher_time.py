@@ -31,19 +31,21 @@ def test_what_is_timed_is_the_recursion(monkeypatch):
 
     class Spy(curvature.FisherRecursion):
         def solve(self, v, damping):
-            shapes.append(tuple(self.blocks.shape))
+            shapes.append((*self.blocks.shape, self.at_once))
             return super().solve(v, damping)
 
     monkeypatch.setattr(inverse_fisher_time, "FisherRecursion", Spy)
     state = torch.get_rng_state()
     assert inverse_fisher_time.inverse_fisher_seconds(128 * 20 + 1, m=3, block=128, device="cpu", repeats=1) > 0
-    assert shapes == [(16, 3, 128), (16, 3, 128), (5, 3, 128)]  # the first warms up
+    assert shapes == [(16, 3, 128, 1), (16, 3, 128, 1), (5, 3, 128, 1)]  # the first warms up
+    inverse_fisher_time.inverse_fisher_seconds(128, m=3, block=128, device="cpu", repeats=1, at_once=2)
+    assert shapes[3:] == [(1, 3, 128, 2)] * 2
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("wrong", ["weights", "m", "block", "repeats"])
+@pytest.mark.parametrize("wrong", ["weights", "m", "block", "repeats", "at_once"])
 def test_numbers_below_one_are_refused(wrong):
-    numbers = {"weights": 8, "m": 2, "block": 4, "repeats": 1}
+    numbers = {"weights": 8, "m": 2, "block": 4, "repeats": 1, "at_once": 1}
     with pytest.raises(ValueError, match=f"{wrong} must be at least 1, not 0"):
         inverse_fisher_time.inverse_fisher_seconds(**(numbers | {wrong: 0}), device="cpu")
 

@@ -17,12 +17,13 @@ DAMPING = 1e-3
 
 
 def inverse_fisher_seconds(
-    weights: int, m: int, block: int, device: torch.device | str, repeats: int = 3
+    weights: int, m: int, block: int, device: torch.device | str, repeats: int = 3, at_once: int = 1
 ) -> float:
     """Seconds that the recursion takes to invert the Fisher's blocks and solve once, given G [m, weights].
 
     In blocks of ``block`` weights, in float32, on random numbers, since the time does not depend on the values.
-    Making G takes a plain pass over m sequences, which is not counted here.
+    Making G takes a plain pass over m sequences, which is not counted here. A step takes ``at_once`` gradients:
+    one, as in WoodFisher and the paper, is limited by memory.
 
     The blocks are worked off in parts, each of as many as the library inverts together. Where a model has more
     than :data:`MOST_PARTS` parts, so many are timed and the time is *extrapolated* in proportion to the blocks,
@@ -32,7 +33,13 @@ def inverse_fisher_seconds(
     The median of ``repeats`` times by the :func:`unlearnlib.cost.clock` of ``device``, after a warm-up.
     Raises ValueError if a number is less than 1.
     """
-    for name, value in (("weights", weights), ("m", m), ("block", block), ("repeats", repeats)):
+    for name, value in (
+        ("weights", weights),
+        ("m", m),
+        ("block", block),
+        ("repeats", repeats),
+        ("at_once", at_once),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     size = min(block, weights)
@@ -47,7 +54,7 @@ def inverse_fisher_seconds(
         gradients = torch.randn(m, number * size, device=device, generator=generator)
         v = gradients[0].clone()
         started = read()
-        FisherRecursion(gradients, size).solve({"weights": v}, DAMPING)
+        FisherRecursion(gradients, size, at_once).solve({"weights": v}, DAMPING)
         return read() - started
 
     seconds(part)
