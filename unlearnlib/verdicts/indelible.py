@@ -10,7 +10,7 @@ PAPERS_OWN = "fisher_recursion"
 def harder_to_remove(table: pd.DataFrame) -> pd.DataFrame:
     """The tests of that question on a table of the exhibit ``indelible_memories``: a row a corpus and method.
 
-    The effect, once a seed, is the share of real spans that are not removed minus that of planted ones, among those
+    The effect, once a seed, is the share of real spans that are not removed minus that of planted ones, of those
     that are known and were seen once (``not_removed``). The paper's Fisher Removal decides, on every corpus; the
     other methods are shown beside it. A method that missed matched forgetting concludes nothing. The columns are
     those of :func:`unlearnlib.verdicts.claims.all_tests`.
