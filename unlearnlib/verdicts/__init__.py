@@ -1,5 +1,6 @@
 """What may be concluded: tables of results, intervals, and rules that are fixed in advance."""
 
+from unlearnlib.verdicts.indelible import harder_to_remove
 from unlearnlib.verdicts.nearness import nearer_retrained
 from unlearnlib.verdicts.results import (
     REFERENCE,
@@ -42,6 +43,7 @@ __all__ = [
     "conclude",
     "effect_text",
     "format_table",
+    "harder_to_remove",
     "interval",
     "mean_text",
     "method_label",
