@@ -65,7 +65,8 @@ def load_documents(corpus: str) -> Documents:
     if corpus == "posts":
         return Documents(texts, {name: text.split("\n")[1] for name, text in texts.items()})
     if corpus == "licences":
-        return Documents(_distinct(texts), {name: name.split("-")[0] for name in _distinct(texts)})
+        texts = _distinct(texts)
+        return Documents(texts, {name: name.split("-")[0] for name in texts})
     return Documents(texts, {name: name for name in texts})
 
 

@@ -49,8 +49,8 @@ def mask_rare(text: str, common: frozenset[str]) -> str:
         small = word.casefold()
         return word if small in common and (word.islower() or small not in names()) else RARE
 
-    parts = _MASKS.split(_bare(text))
-    kept = [*_MASKS.findall(_bare(text)), ""]
+    bare = _bare(text)
+    parts, kept = _MASKS.split(bare), [*_MASKS.findall(bare), ""]
     masked = "".join(re.sub(r"\w+", shown, part) + mask for part, mask in zip(parts, kept, strict=True))
     return _RUN.sub(RARE, masked)
 
