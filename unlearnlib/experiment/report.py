@@ -124,7 +124,7 @@ class Report:
             "kl_forget": forget.divergence,
             "kl_holdout": holdout.divergence,
             **membership(forget, holdout),
-            **self._calibrated(forget, holdout),
+            **calibrated_membership(forget, holdout, self.reference_scores),
             "loss_correlation": loss_correlation(forget.losses.mean(dim=1), self.retrained_losses),
             "memorisation_accuracy": forget.accuracy,
             **(self._with_rounding(model) if self.rounding and not brief else {}),
@@ -133,19 +133,6 @@ class Report:
         if self.extraction:
             values["extraction_el10"] = extraction_likelihood(model, splits.forget, stride=self.extraction)
         self.add(method, values)
-        return values
-
-    def _calibrated(self, forget: Reading, holdout: Reading) -> dict[str, float]:
-        """Calibrated Min-K%: its AUC, and if holdout is large enough what it finds at 1 % false alarms."""
-        if self.reference_scores is None:
-            return {}
-        members, others = (
-            calibrated(min_k_scores(one.losses), scores)
-            for one, scores in zip((forget, holdout), self.reference_scores, strict=True)
-        )
-        values = {"membership_auc_calibrated": membership_auc(members, others)}
-        if len(others) >= ENOUGH:
-            values["membership_tpr"] = true_positive_rate(members, others)
         return values
 
     def _with_rounding(self, model: PreTrainedModel) -> dict[str, float]:
@@ -254,6 +241,26 @@ class Report:
         self.measure(method, path.model, brief, **told)
         if not brief:
             self.probe(method, path.model)
+
+
+def calibrated_membership(
+    forget: Reading, holdout: Reading, reference_scores: tuple[Tensor, Tensor] | None
+) -> dict[str, float]:
+    """Calibrated Min-K%: its AUC, and if holdout is large enough what it finds at 1 % false alarms.
+
+    ``reference_scores`` are those of reference models on forget and on holdout, each [models, n]; nothing is
+    measured without them.
+    """
+    if reference_scores is None:
+        return {}
+    members, others = (
+        calibrated(min_k_scores(one.losses), scores)
+        for one, scores in zip((forget, holdout), reference_scores, strict=True)
+    )
+    values = {"membership_auc_calibrated": membership_auc(members, others)}
+    if len(others) >= ENOUGH:
+        values["membership_tpr"] = true_positive_rate(members, others)
+    return values
 
 
 def results_table(reports: Iterable[Report]) -> pd.DataFrame:

@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.experiment.case import REFERENCE_SEED, SECOND_SEED, Case
-from unlearnlib.experiment.report import ENOUGH
+from unlearnlib.experiment.report import calibrated_membership
 from unlearnlib.experiment.request_steps import Opening, Step, served
 from unlearnlib.losses import counted_passes, mean_loss
 from unlearnlib.measures import relearning
-from unlearnlib.measures.attacks import calibrated, true_positive_rate
-from unlearnlib.measures.evaluation import Reading, mean_kl, membership, membership_auc, min_k_scores, read
+from unlearnlib.measures.evaluation import Reading, mean_kl, membership, min_k_scores, read
 from unlearnlib.methods.matching import TOLERANCE, Match
 from unlearnlib.methods.tuning import MOST, Choice, Knobs, choose
 from unlearnlib.models.training import Run, load_trained
@@ -206,20 +205,9 @@ class RequestSeries:
         if request * self.size == len(self.case.splits.forget):
             values["kl_moment"] = mean_kl(self.case.retrained(), model, probed)
         if request == self.number:
-            values |= self._calibrated(Reading.joined(forgotten), holdout) | self._relearned(model)
+            values |= calibrated_membership(Reading.joined(forgotten), holdout, self.reference_scores)
+            values |= self._relearned(model)
         self._keep(method, request, values)
-        return values
-
-    def _calibrated(self, forgotten: Reading, holdout: Reading) -> dict[str, float]:
-        if self.reference_scores is None:
-            return {}
-        members, others = (
-            calibrated(min_k_scores(one.losses), scores)
-            for one, scores in zip((forgotten, holdout), self.reference_scores, strict=True)
-        )
-        values = {"membership_auc_calibrated": membership_auc(members, others)}
-        if len(others) >= ENOUGH:
-            values["membership_tpr"] = true_positive_rate(members, others)
         return values
 
     def _relearned(self, model: PreTrainedModel) -> dict[str, float]:
