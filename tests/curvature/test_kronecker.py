@@ -7,7 +7,7 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, random_sequences, tiny_model
 from torch import nn
 
-from unlearnlib import losses, weights
+from unlearnlib import cost, losses, weights
 from unlearnlib.curvature import fisher_pass, kronecker, kronecker_blocks
 from unlearnlib.losses import logits, token_losses
 from unlearnlib.models import loading
@@ -296,6 +296,25 @@ def test_labels_are_drawn_with_the_given_probabilities():
     assert counts[1] == 0
     ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64).view(1, 2, 1)
     assert fisher_pass.draw_labels(p[:, :2], ends).flatten().tolist() == [3, 0]
+
+
+def test_pieces_of_the_logits_change_nothing(monkeypatch):
+    """Neither a label nor an expected square depends on how many tokens are taken at a time."""
+    models = {dtype: tiny_model("gpt2", dtype=dtype) for dtype in (torch.float64, torch.bfloat16)}
+    whole = {dtype: kronecker.ekfac(model, SEQUENCES) for dtype, model in models.items()}
+    monkeypatch.setattr(fisher_pass, "PIECE", 3 * VOCABULARY)
+    for dtype, model in models.items():
+        for a, b in zip(whole[dtype].blocks, kronecker.ekfac(model, SEQUENCES).blocks, strict=True):
+            torch.testing.assert_close(a.eigenvalues, b.eigenvalues)
+
+
+def test_of_the_logits_size_there_are_two_tensors_at_most(monkeypatch):
+    monkeypatch.setattr(fisher_pass, "PIECE", 20_000)
+    config = loading.small_opt(20_000, hidden_size=8, layers=1, heads=2, context=16)
+    model, sequences = loading.load_model(config, dtype=torch.float32), random_sequences(64)
+    of_a_batch = 4 * 32 * sequences[0, 1:].numel() * 20_000
+    spent = cost.measure(lambda: kronecker.kfac(model, sequences), "cpu", runs=1)
+    assert 2 * of_a_batch < spent.peak_bytes < 2.2 * of_a_batch
 
 
 def test_the_same_seed_gives_the_same_curvature_in_batches_of_any_size(monkeypatch):
