@@ -116,8 +116,9 @@ class StreamingFisher:
         mine, device = distributed.share(len(self.sequences)), self.model.device
         parts, start = batches(self.model, self.sequences[mine]), mine.start
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        least = max((2 * part[:, 1:].numel() for part in parts), default=0)
-        tiles = Tiles(max(self.budget_bytes // dtype.itemsize, least), dtype, device)
+        least = max((2 * part[:, 1:].numel() for part in parts), default=0)  # for a row of the vocabulary, and
+        most = least * self.head.out_features  # for all of it
+        tiles = Tiles(max(least, min(self.budget_bytes // dtype.itemsize, most)), dtype, device)
         for part in parts:
             note_pass(len(part))
             hidden = self.model.base_model(input_ids=part[:, :-1].to(device), use_cache=False).last_hidden_state
