@@ -38,11 +38,11 @@ def receive_terms(
     layers = [layer for layer in find_layers(model) if layer.name in block_of]
 
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-        check_finite(gradient, start, f"the gradients at {layer.name!r}")
+        broken[f"the gradients at {layer.name!r}"] = not_finite(gradient)
         block = block_of[layer.name]
         left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues))
         if layer.module is head:
-            if not torch.equal(gradient[0], delta[0]):
+            if start == 0 and not torch.equal(gradient[0], delta[0]):
                 raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
             left = torch.addcmul(p, p, p, value=-1).to(right)
         receive(block, layer, left, right)
@@ -53,11 +53,13 @@ def receive_terms(
     with capture(model, layers, hand_on):
         for batch in batches(model, sequences):
             z = logits(model, batch)
-            check_finite(z, start, "the predictions")
+            check_finite({"the predictions": not_finite(z)}, start)
+            broken = {}  # looked at once a batch: an accelerator would have to wait every time
             p = z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))
             labels = draw_labels(p, uniform[start : start + len(batch), :, None].to(p))
             delta = p.scatter_add(2, labels, -torch.ones_like(labels).to(p)).to(z)
             z.backward(delta)
+            check_finite(broken, start)
             start += len(batch)
 
 
@@ -67,11 +69,16 @@ def draw_labels(p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, (1 - uniform) * cumulative[..., -1:])
 
 
-def check_finite(x: Tensor, start: int, what: str) -> None:
-    """Raise FloatingPointError if ``x`` [n, tokens, width] of sequences from number ``start`` on is not finite."""
-    broken = ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
-    if broken.any():
-        sequence = start + int(broken.nonzero()[0])
+def not_finite(x: Tensor) -> Tensor:
+    """Which sequences of ``x`` [n, tokens, width] have something that is not finite, shape [n]."""
+    return ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
+
+
+def check_finite(broken: dict[str, Tensor], start: int) -> None:
+    """Raise FloatingPointError naming what is ``broken`` first, and its sequence, numbered from ``start`` on."""
+    if broken and torch.stack(list(broken.values())).any():
+        what, sequences = next((what, sequences) for what, sequences in broken.items() if sequences.any())
+        sequence = start + int(sequences.nonzero()[0])
         raise FloatingPointError(f"{what} are not finite for sequence {sequence}: are the weights damaged?")
 
 
