@@ -21,7 +21,7 @@ BETWEEN = (aten._to_copy.default, aten.copy_.default)
 """Operators that are there to take values from one device to another."""
 BY_INDEX = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 READS = ("_local_scalar_dense", "equal", "nonzero", "_unique2", "unique_dim", "masked_select", "bincount")
-"""Operators whose result, or its shape, the processor has to know: ``item``, ``bool`` and ``int`` are the first."""
+"""Operators whose result, or its shape, the processor must know: ``item``, ``bool`` and ``int`` are the first."""
 WAITS: Counter[str] = Counter()
 """How often the processor would have waited so far, by reason: these operators, and copies either way."""
 

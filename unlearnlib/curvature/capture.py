@@ -107,8 +107,8 @@ def capture(model: PreTrainedModel, layers: list[Layer], receive: Receive) -> It
 class _Pass:
     """What must be known of the forward pass under way: the number of sequences, and the layers used so far.
 
-    ``plain`` has what is still to be looked at: layers, and whether they are what they seem, as tensors []. To read
-    one from an accelerator is to wait for it, so all of a pass are read at once.
+    ``plain`` has what is still to be looked at: layers, and whether they are what they seem, as tensors []. To
+    read one from an accelerator is to wait for it, so those of a pass are read at once.
     """
 
     sequences: int = 0
@@ -156,9 +156,7 @@ def _after_forward(
     return out
 
 
-def _input(
-    layer: Layer, current: _Pass, args: tuple, kwargs: dict, out: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _input(layer: Layer, current: _Pass, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, Tensor | None]:
     """The layer's input in the form that :data:`Receive` describes, to be looked at beside the output.
 
     Also a factor by which an embedding multiplies what it reads [..., 1], and None for other layers.
