@@ -79,7 +79,9 @@ def run(operator, args, kwargs):
         WAITS["to the device"] += bool(strays)
     elif operator in BETWEEN and strays:
         WAITS["to the device"] += 1
-    results = operator(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    # Zeros without memory, as forward-mode differentiation makes them, are no tensors that the CPU could read here.
+    made = aten.zeros.default if operator is aten._efficientzerotensor.default else operator
+    results = made(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
     away = operator is aten._to_copy.default and kwargs.get("device") is not None and not is_here(kwargs["device"])
     if away or (operator is aten.copy_.default and not isinstance(args[0], Pretended)):
         WAITS["to the CPU"] += 1

@@ -242,10 +242,6 @@ ALGORITHMS = {
 }
 
 
-FORWARD_MODE = ("gauss_newton", "block_gauss_newton")
-"""These differentiate forwards, of which PyTorch is not capable on a device that is pretended."""
-
-
 def allowed(name, architecture, dtype):
     if dtype == torch.float64:
         return ROTARY if architecture == "llama" else PRECISION[dtype]
@@ -271,8 +267,6 @@ def results(value):
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_accelerator_gives_what_the_cpu_gives(name, architecture, dtype, record_property):
-    if NAME == "pretended" and name in FORWARD_MODE:
-        pytest.skip("PyTorch cannot differentiate forwards on a pretended device")
     model = initial(architecture, dtype)
     here, there = copy.deepcopy(model), copy.deepcopy(model).to(NAME)
     assert there.device.type == torch.device(NAME).type
@@ -291,6 +285,10 @@ PASSES = {
     "ekfac": (curvature.ekfac, (2, 14)),
     "kronecker_diagonal": (curvature.diagonal_fisher, (1, 7)),
     "hessian": (lambda model, sequences: Hessian(model, sequences).matvec(weights.snapshot(model)), (1, 2)),
+    "gauss_newton": (
+        lambda model, sequences: GaussNewton(model, sequences).matvec(weights.snapshot(model)),
+        (1, 3),
+    ),
 }
 """What passes over the sequences, and how often it may make the processor wait: in all, and once more a batch."""
 
