@@ -46,6 +46,12 @@ class Pretended(torch.Tensor):
         )
         return memo[id(self)]
 
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def __format__(self, how):
+        return format(self.cpu(), how)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -79,7 +85,7 @@ def run(operator, args, kwargs):
         WAITS["to the device"] += bool(strays)
     elif operator in BETWEEN and strays:
         WAITS["to the device"] += 1
-    # Zeros without memory, as forward-mode differentiation makes them, are no tensors that the CPU could read here.
+    # Zeros without memory, as forward-mode differentiation makes them, are nothing that the CPU could read here.
     made = aten.zeros.default if operator is aten._efficientzerotensor.default else operator
     results = made(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
     away = operator is aten._to_copy.default and kwargs.get("device") is not None and not is_here(kwargs["device"])
@@ -127,7 +133,7 @@ def register():
     autocast = torch.library.Library("_", "IMPL")
     autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     inside = torch.library.Library("aten", "IMPL")  # asked for by operators that are made of others, in C++
-    for operator in (aten.empty.memory_format, aten.empty_strided.default):
+    for operator in (aten.empty.memory_format, aten.empty_strided.default, aten._local_scalar_dense.default):
         name = operator.name().removeprefix("aten::")
         inside.impl(name, lambda *args, _made=operator, **kwargs: run(_made, args, kwargs), "PrivateUse1")
     inside.impl("_copy_from", copy_from, "PrivateUse1")
