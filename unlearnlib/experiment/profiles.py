@@ -107,9 +107,9 @@ def on_second_corpus(settings: Profile, seeds: int) -> Profile:
     )
 
 
-# The main branches of OPT have pickled weights alone, which are never loaded. These are the hub's own conversions
-# to safetensors, its open requests 35, 33 and 25. Of the last only the beginning of the commit is on record, 0d66fae,
-# and the hub's client asks for all of it, or a name. No repository is "gated": none asks for consent.
+# The main branches of OPT have pickled weights alone, which are never loaded. These are the hub's conversions to
+# safetensors, its open requests 35, 33 and 25; of the last only the beginning of the commit is on record,
+# 0d66fae, and the client asks for all of it, or a name. No repository is "gated": none asks for consent.
 HUB_ARCHITECTURES = {
     "OPT": (
         "facebook/opt-125m@1f44ae81e29a9f7525c8331302e5562e0d91f731",
