@@ -7,6 +7,7 @@ startup file (see ``book/test_gpu_profile.py``), so that the product needs no op
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib.experiment import chapters, profiles
-from unlearnlib.models.loading import small_llama, small_opt
+from unlearnlib.models.loading import small_opt
 from unlearnlib.texts import corpora
+from unlearnlib.texts.posts import load_posts
 
 PICKLED = "facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6"
 """The main branch of OPT-125M, which has no safetensors."""
@@ -33,7 +35,7 @@ WORDS = [
     *("but", "they", "there", "one", "day", "long", "river", "old", "house", "tree", "king", "water", "found"),
     *("took", "away", "home", "night", "light", "little", "great", "went", "came", "saw", "made", "told", "gave"),
 ]
-VOCABULARY = 320
+VOCABULARY = 1024
 
 
 def sentence(draw, number):
@@ -48,14 +50,14 @@ def write_hub(home):
     for sizes in profiles.HUB_ARCHITECTURES.values():
         for i, source in enumerate(sizes):
             repository, _, revision = source.partition("@")
-            store(hub, "models", repository, revision, model_files(repository, width=16 * (i + 1)))
+            store(hub, "models", repository, revision, model_files(repository, width=32 * (i + 1)))
     repository, _, revision = PICKLED.partition("@")
-    files = model_files(repository, width=16)
+    files = model_files(repository, width=32)
     weights = io.BytesIO()
     torch.save(safetensors.torch.load(files.pop("model.safetensors")), weights)
     store(hub, "models", repository, revision, files | {"pytorch_model.bin": weights.getvalue()})
     repository, _, revision = SHARDED.partition("@")
-    store(hub, "models", repository, revision, sharded(model_files(repository, width=16)))
+    store(hub, "models", repository, revision, sharded(model_files(repository, width=32)))
 
 
 def store(hub, kind, repository, revision, files):
@@ -150,7 +152,7 @@ def arc_row(draw, i):
 
 
 def aeslc_row(draw, _):
-    body = "\n".join(sentence(draw, 12) for _ in range(5))
+    body = "\n".join(sentence(draw, 12) for _ in range(draw.choice((2, 20))))
     return {"email_body": body, "subject_line": sentence(draw, 4) + "\n"}
 
 
@@ -211,26 +213,29 @@ def sharded(files):
     return files | shards | {"model.safetensors.index.json": json.dumps(index).encode()}
 
 
+@functools.cache
 def trained_bpe(special, first):
-    """A byte-level tokenizer trained on the words above, with its special tokens first or last."""
+    """A byte-level tokenizer trained on texts that the chapters use, with its special tokens first or last."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    size = VOCABULARY if first else VOCABULARY - len(special)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special if first else [], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY if first else VOCABULARY - len(special),
+        special_tokens=list(special) if first else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     draw = random.Random(0)
-    bpe.train_from_iterator([sentence(draw, 30) for _ in range(50)], trainer)
+    texts = [*corpora.load_corpus("reuters")["text"][::20], *(row["text"] for row in load_posts()[::4])]
+    bpe.train_from_iterator([*texts, *(sentence(draw, 30) for _ in range(100))], trainer)
     if not first:
-        bpe.add_special_tokens(special)
+        bpe.add_special_tokens(list(special))
     return bpe
 
 
 def opt_tokenizer():
     """Of OPT there are vocabulary and merges, no ``tokenizer.json``."""
-    bpe = trained_bpe(["<s>", "<pad>", "</s>", "<unk>"], first=True)
+    bpe = trained_bpe(("<s>", "<pad>", "</s>", "<unk>"), first=True)
     content = json.loads(bpe.to_str())["model"]
     settings = {
         "errors": "replace",
@@ -248,7 +253,7 @@ def opt_tokenizer():
 
 
 def gpt2_tokenizer():
-    bpe = trained_bpe(["<|endoftext|>"], first=False)
+    bpe = trained_bpe(("<|endoftext|>",), first=False)
     return VOCABULARY, {
         "tokenizer.json": bpe.to_str().encode(),
         "tokenizer_config.json": b'{"model_max_length": 1024}',
@@ -257,7 +262,7 @@ def gpt2_tokenizer():
 
 def other_tokenizer():
     """Of SmolLM2 and Pythia, whose token that ends a text is number 0."""
-    bpe = trained_bpe(["<|endoftext|>", "<|padding|>"], first=True)
+    bpe = trained_bpe(("<|endoftext|>", "<|padding|>"), first=True)
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     settings = names | {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     return VOCABULARY, {
@@ -277,7 +282,7 @@ def opt_settings(repository, width, table):
         "do_layer_norm_before": not odd,
         "ffn_dim": 4 * width,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "max_position_embeddings": 256,
         "dropout": 0.1,
         "prefix": "</s>",
@@ -293,7 +298,7 @@ def gpt2_settings(_, width, table):
         "vocab_size": table,
         "n_embd": width,
         "n_layer": 2,
-        "n_head": 2,
+        "n_head": 4,
         "n_positions": 256,
         "n_ctx": 256,
         "bos_token_id": table - 1,
@@ -326,7 +331,7 @@ def pythia_settings(_, width, table):
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "rotary_pct": 0.25,
         "rotary_emb_base": 10_000,
         "max_position_embeddings": 256,
@@ -381,9 +386,9 @@ SMALL = {
     "relearning_steps": 2,
     "relearning_rate": 1e-3,
     "steps": 6,
-    "tried": 3,
-    "most": 3,
-    "most_each": 3,
+    "tried": 5,
+    "most": 5,
+    "most_each": 5,
     "max_steps": 6,
     "shadows": 4,
     "m": 8,
@@ -392,7 +397,7 @@ SMALL = {
     "m_dual": 8,
     "m_blank": 8,
     "block_size": 16,
-    "block_sizes": (1, 4, 16),
+    "block_sizes": (1, 4, 64),
     "few": (4,),
     "blank": small_opt(512, hidden_size=16, layers=2),
     "draws": 2,
@@ -417,41 +422,37 @@ SMALL = {
     "curvatures": {"m_recursion": 8, "block_size": 16, "m_factors": 8},
 }
 DIFFERENT = {
-    "newton": {"requests": 20},
+    "newton": {"draws": 10, "noise_draws": 3, "requests": 120},
+    "erased_or_hidden": {"holdout": 104},  # enough for a share of one in a hundred
+    "fisher": {"block_size": 64, "m_recursion": 16},
     "kronecker": {"few": 4},
     "cost": {"sizes": ((16, 2), (24, 2), (32, 2)), "size": (16, 2), "numbers": (2, 4, 8), "more": (16,)},
     "four_datasets": {"requests": (1, 4)},
     "three_axes": {
-        "vocabulary": 300,
-        "model": small_opt(300, hidden_size=16, layers=2, context=32),
+        "length": 32,
         "weights": (2**10, 2**11, 2**12),
         "m": (4, 8, 16),
         "block": (4, 8, 16),
     },
-    "dp_sgd": {"vocabulary": 300, "model": small_llama(300, hidden_size=16, layers=2, context=32)},
+    "case_studies": {"length": 64},
+    "dp_sgd": {"forget": 64, "length": 64},
     "onion": {"forget": 32, "holdout": 32, "retain": 16},
-    "indelible": {"repeats": (1, 1, 1, 2, 4)},
+    "indelible": {"length": 64, "repeats": (1, 1, 1, 2, 4)},
     "own_model": {"proxy": small_opt(VOCABULARY + 7, hidden_size=8, layers=2)},
 }
 
 
 def shrink():
-    """Make the numbers of the profile ``gpu``, and of every chapter at it, so small that a core is enough.
+    """Make the numbers of every chapter at profile ``gpu`` so small that a processor core is enough.
 
     Models, corpora and methods stay, and so does everything that is not a size; the models learn faster, so that
-    there is something to forget.
+    there is something to forget. The profile itself, with which costs are computed, stays too.
     """
     gpu = profiles.PROFILES["gpu"]
-    fields = {name: value for name, value in SMALL.items() if hasattr(gpu, name)} | {"seeds": (0,)}
-    profiles.PROFILES["gpu"] = dataclasses.replace(gpu, **fields, training=faster(gpu.training))
+    fields = {field.name for field in dataclasses.fields(gpu)}
     for name, sizes in chapters.CHAPTERS.items():
-        entries = sizes["gpu"]
-        small = {key: value for key, value in SMALL.items() if key in entries} | DIFFERENT.get(name, {})
-        sizes["gpu"] = entries | small
-        for key in ("training", "proxy_training"):
-            if key in entries:
-                sizes["gpu"][key] = faster(entries[key])
-
-
-def faster(training):
-    return dataclasses.replace(training, epochs=4, batch_size=8, learning_rate=1e-2)
+        entries = {"training": gpu.training} | sizes["gpu"]
+        small = {key: value for key, value in SMALL.items() if key in entries or key in fields}
+        sizes["gpu"] = entries | small | DIFFERENT.get(name, {})
+        for key in {"training", "proxy_training"} & entries.keys():
+            sizes["gpu"][key] = dataclasses.replace(entries[key], epochs=10, batch_size=8, learning_rate=1e-2)
