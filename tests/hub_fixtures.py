@@ -435,7 +435,7 @@ DIFFERENT = {
         "block": (4, 8, 16),
     },
     "case_studies": {"length": 64},
-    "dp_sgd": {"forget": 64, "length": 64},
+    "dp_sgd": {"forget": 64, "length": 64, "shorter": (1, 2), "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)}},
     "onion": {"forget": 32, "holdout": 32, "retain": 16},
     "indelible": {"length": 64, "repeats": (1, 1, 1, 2, 4)},
     "own_model": {"proxy": small_opt(VOCABULARY + 7, hidden_size=8, layers=2)},
@@ -455,4 +455,5 @@ def shrink():
         small = {key: value for key, value in SMALL.items() if key in entries or key in fields}
         sizes["gpu"] = entries | small | DIFFERENT.get(name, {})
         for key in {"training", "proxy_training"} & entries.keys():
-            sizes["gpu"][key] = dataclasses.replace(entries[key], epochs=10, batch_size=8, learning_rate=1e-2)
+            epochs = 3 if name == "dp_sgd" else 10
+            sizes["gpu"][key] = dataclasses.replace(entries[key], epochs=epochs, batch_size=8, learning_rate=1e-2)
