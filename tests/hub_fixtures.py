@@ -455,5 +455,5 @@ def shrink():
         small = {key: value for key, value in SMALL.items() if key in entries or key in fields}
         sizes["gpu"] = entries | small | DIFFERENT.get(name, {})
         for key in {"training", "proxy_training"} & entries.keys():
-            epochs = 3 if name == "dp_sgd" else 10
+            epochs = {"dp_sgd": 3, "indelible": 30}.get(name, 10)
             sizes["gpu"][key] = dataclasses.replace(entries[key], epochs=epochs, batch_size=8, learning_rate=1e-2)
