@@ -1,7 +1,8 @@
-"""The book at profile ``gpu`` on the CPU, without a network: small counterparts of the hub's models and data sets.
+"""The book at profile ``gpu``, without a GPU or a network: small counterparts of the hub's models and data sets.
 
 Whatever is not a size is as ``make book PROFILE=gpu`` has it: the runner, the notebooks, the readers of the hub's
-corpora, the hub's own cache folder, half-precision sources, the architectures. The chapters that are different at
+corpora, the hub's own cache folder, half-precision sources, the architectures. Models are on an accelerator, if a
+pretended one, so that a tensor left behind on the CPU ends a chapter here as it would there. The chapters that are different at
 this profile run always, the others with ``UNLEARNLIB_REHEARSE=all`` in the environment.
 """
 
@@ -44,7 +45,9 @@ def hub(tmp_path_factory):
     startup = home / "ipython" / "profile_default" / "startup" / "00-shrink.py"
     startup.parent.mkdir(parents=True)
     folder = str(Path(hub_fixtures.__file__).parent)
-    startup.write_text(f"import sys\nsys.path.append({folder!r})\n__import__('hub_fixtures').shrink()\n")
+    startup.write_text(
+        f"import sys\nsys.path.append({folder!r})\n__import__('hub_fixtures').shrink()\nimport pretended_book\n"
+    )
     return home
 
 
@@ -70,10 +73,11 @@ def test_a_chapter_runs_at_profile_gpu(root, name):
     assert run_notebooks(root, "gpu", [name]) == {}
 
 
-def test_any_model_of_the_hub_can_be_given_and_trained_in_its_last_blocks(root):
+def test_any_model_of_the_hub_can_be_given_and_trained_in_its_last_blocks(root, hub):
     wanted = {"profile": "gpu", "model": hub_fixtures.SHARDED, "last_blocks": 1, "results": str(root / "results")}
     notebook = root / "notebooks" / "09_real_model.ipynb"
     papermill.execute_notebook(
         notebook, root / "out.ipynb", wanted, cwd=notebook.parent, progress_bar=False, kernel_name="python3"
     )
     assert list((root / "results").glob("*.csv"))
+    assert (hub / "cache" / "on_pretended").exists()
