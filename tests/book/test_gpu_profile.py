@@ -2,8 +2,8 @@
 
 Whatever is not a size is as ``make book PROFILE=gpu`` has it: the runner, the notebooks, the readers of the hub's
 corpora, the hub's own cache folder, half-precision sources, the architectures. Models are on an accelerator, if a
-pretended one, so that a tensor left behind on the CPU ends a chapter here as it would there. The chapters that are different at
-this profile run always, the others with ``UNLEARNLIB_REHEARSE=all`` in the environment.
+pretended one, so that a tensor left behind on the CPU ends a chapter here as it would there. The chapters that are
+different at this profile run always, the others with ``UNLEARNLIB_REHEARSE=all`` in the environment.
 """
 
 import os
