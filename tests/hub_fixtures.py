@@ -436,7 +436,13 @@ DIFFERENT = {
         "block": (4, 8, 16),
     },
     "case_studies": {"length": 64},
-    "dp_sgd": {"forget": 64, "length": 64, "shorter": (1, 2), "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)}},
+    "dp_sgd": {
+        "forget": 64,
+        "holdout": 104,
+        "length": 64,
+        "shorter": (1, 2),
+        "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
+    },
     "onion": {"forget": 32, "holdout": 32, "retain": 16},
     "indelible": {"length": 64, "repeats": (1, 1, 1, 2, 4)},
     "own_model": {
