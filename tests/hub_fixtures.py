@@ -446,7 +446,8 @@ DIFFERENT = {
     "onion": {"forget": 32, "holdout": 32, "retain": 16},
     "indelible": {"length": 64, "repeats": (1, 1, 1, 2, 4)},
     "own_model": {
-        "forget": 32,
+        "length": 64,
+        "forget": 48,
         "retain": 96,
         "holdout": 32,
         "proxy": small_opt(VOCABULARY + 7, hidden_size=8, layers=2),
