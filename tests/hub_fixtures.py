@@ -410,8 +410,8 @@ SMALL = {
     "timed": 4,
     "elsewhere": 4,
     "deep": {"rounding": True, "extraction": 4},
-    "candidates": 16,
-    "passage_length": 32,
+    "candidates": 128,
+    "passage_length": 48,
     "repeats": 2,
     "served": 1,
     "layer": 8,
@@ -424,8 +424,9 @@ SMALL = {
 DIFFERENT = {
     "newton": {"draws": 10, "noise_draws": 3, "requests": 120},
     "erased_or_hidden": {"holdout": 104},  # enough for a share of one in a hundred
-    "fisher": {"block_size": 64, "m_recursion": 16},
+    "fisher": {"block_size": 64, "m_recursion": 16, "m": 32},
     "kronecker": {"few": 4},
+    "fisher_updates": {"retain": 24, "holdout": 8},
     "cost": {"sizes": ((16, 2), (24, 2), (32, 2)), "size": (16, 2), "numbers": (2, 4, 8), "more": (16,)},
     "four_datasets": {"requests": (1, 4)},
     "three_axes": {
@@ -435,10 +436,22 @@ DIFFERENT = {
         "block": (4, 8, 16),
     },
     "case_studies": {"length": 64},
-    "dp_sgd": {"forget": 64, "length": 64, "shorter": (1, 2), "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)}},
+    "dp_sgd": {
+        "forget": 64,
+        "holdout": 104,
+        "length": 64,
+        "shorter": (1, 2),
+        "knobs": {"learning_rate": (2.5e-3, 1e-2, 4e-2)},
+    },
     "onion": {"forget": 32, "holdout": 32, "retain": 16},
     "indelible": {"length": 64, "repeats": (1, 1, 1, 2, 4)},
-    "own_model": {"proxy": small_opt(VOCABULARY + 7, hidden_size=8, layers=2)},
+    "own_model": {
+        "length": 64,
+        "forget": 48,
+        "retain": 96,
+        "holdout": 32,
+        "proxy": small_opt(VOCABULARY + 7, hidden_size=8, layers=2),
+    },
 }
 
 
@@ -455,5 +468,5 @@ def shrink():
         small = {key: value for key, value in SMALL.items() if key in entries or key in fields}
         sizes["gpu"] = entries | small | DIFFERENT.get(name, {})
         for key in {"training", "proxy_training"} & entries.keys():
-            epochs = {"dp_sgd": 3, "indelible": 30}.get(name, 10)
+            epochs = {"dp_sgd": 3, "fisher_updates": 6, "indelible": 20}.get(name, 10)
             sizes["gpu"][key] = dataclasses.replace(entries[key], epochs=epochs, batch_size=8, learning_rate=1e-2)

