@@ -6,6 +6,7 @@ There is then a file ``on_pretended`` in the cache folder, from when a model is 
 import copy
 
 import pretended_accelerator
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
@@ -20,12 +21,16 @@ def default_device():
 
 for module in (loading, models):
     module.default_device = default_device
-save_here = PreTrainedModel.save_pretrained
+save_model, save_tensors = PreTrainedModel.save_pretrained, safetensors.torch.save_file
 
 
 def save_pretrained(self, *args, **kwargs):
     """Safetensors reads the memory of tensors, and those of this device have none."""
-    save_here(copy.deepcopy(self).to("cpu"), *args, **kwargs)
+    save_model(copy.deepcopy(self).to("cpu"), *args, **kwargs)
 
 
-PreTrainedModel.save_pretrained = save_pretrained
+def save_file(tensors, *args, **kwargs):
+    save_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained, safetensors.torch.save_file = save_pretrained, save_file
