@@ -281,9 +281,9 @@ PASSES = {
     "gradient": (methods.ascent_direction, (0, 3)),
     "per_sequence_gradients": (curvature.sequence_gradients, (0, 4)),
     "fisher_diagonal": (curvature.FisherDiagonal, (0, 4)),
-    "kfac": (curvature.kfac, (1, 7)),
-    "ekfac": (curvature.ekfac, (2, 14)),
-    "kronecker_diagonal": (curvature.diagonal_fisher, (1, 7)),
+    "kfac": (curvature.kfac, (1, 5)),
+    "ekfac": (curvature.ekfac, (2, 10)),
+    "kronecker_diagonal": (curvature.diagonal_fisher, (1, 5)),
     "hessian": (lambda model, sequences: Hessian(model, sequences).matvec(weights.snapshot(model)), (1, 2)),
     "gauss_newton": (
         lambda model, sequences: GaussNewton(model, sequences).matvec(weights.snapshot(model)),
