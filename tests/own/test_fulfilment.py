@@ -238,15 +238,6 @@ def test_files_and_folders_that_cannot_be_read_are_no_models(folder, tmp_path, m
         checks.outline(str(folder / "opt" / "model"))
 
 
-def test_pickled_weights_are_not_loaded_from_the_hub_either(folder, tmp_path):
-    copy = copy_of(folder, tmp_path)
-    torch.save(load(copy).state_dict(), copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
-    loading.load_model(copy, device="cpu")  # the book's own loader may
-    with pytest.raises(OSError, match="safetensors"):
-        checks.load(copy, device="cpu")
-
-
 @pytest.mark.parametrize("adapter", ["adapter_config.json", None])
 def test_nor_is_a_model_beside_its_adapter(monkeypatch, adapter):
     config = loading.load_model(ARCHITECTURES["opt"], device="meta").config

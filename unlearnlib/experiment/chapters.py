@@ -617,7 +617,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "proxy_training": Training(epochs=15, learning_rate=3e-3),
             "dampings": (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1),
         },
-        "gpu": OWN_MODEL | {"seeds": 3, "second_seeds": 1, "proxy": small_opt(50272, hidden_size=64)},
+        "gpu": OWN_MODEL
+        | {
+            "seeds": 3,
+            "second_seeds": 1,
+            "proxy": small_opt(50272, hidden_size=64),
+            "dampings": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),  # a pretrained model asks for little, see chapter 9
+        },
     },
 }
 

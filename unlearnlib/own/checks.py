@@ -1,7 +1,6 @@
 """Whether model, memory and disk allow an erasure request, as far as can be told before a weight is loaded."""
 
 import contextlib
-import functools
 import shutil
 from pathlib import Path
 
@@ -20,9 +19,6 @@ from unlearnlib.own.report import PROBED
 from unlearnlib.own.request import Request
 from unlearnlib.own.targets import FEWEST
 from unlearnlib.own.texts import Material, read_material
-
-load = functools.partial(loading.load_model, use_safetensors=True)
-"""Load a user's model: as ``load_model``, but never pickled weights, which can run code."""
 
 
 def check_request(request: Request, device: torch.device) -> tuple[Material, int]:

@@ -22,7 +22,7 @@ from unlearnlib.measures.evaluation import mean_kl
 from unlearnlib.measures.power import attack_power, detectable_auc
 from unlearnlib.methods.targets import Target
 from unlearnlib.models import loading
-from unlearnlib.own.checks import check_request, entries, load
+from unlearnlib.own.checks import check_request, entries
 from unlearnlib.own.methods import Outcome, unlearn
 from unlearnlib.own.rehearsal import rehearse
 from unlearnlib.own.report import PROBED, as_markdown, measure, pair
@@ -169,7 +169,7 @@ def _write_unlearned(
     folder: Path, material: Material, request: Request, target: float | None, device: torch.device
 ) -> tuple[Outcome, Cost, str]:
     """Unlearn a copy of the model and write it in its source's number format, whose name is returned last."""
-    model = load(request.model, dtype="auto", device=device)
+    model = loading.load_model(request.model, dtype="auto", device=device)
     dtype = model.dtype
     model.float()
     with Meter(device) as meter:
@@ -194,8 +194,8 @@ def _drop_foreign_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 def _inspect(source: str | Path, material: Material, request: Request, device: torch.device) -> dict[str, Any]:
     """Load a model, measure it and let go of it: of all models one at a time is in memory."""
-    return measure(load(source, device=device), material, request.learning_rate)
+    return measure(loading.load_model(source, device=device), material, request.learning_rate)
 
 
 def _divergence(first: str | Path, second: str | Path, sequences: Tensor, device: torch.device) -> float:
-    return mean_kl(*(load(source, device=device) for source in (first, second)), sequences)
+    return mean_kl(*(loading.load_model(source, device=device) for source in (first, second)), sequences)

@@ -15,7 +15,7 @@ from unlearnlib.curvature import kronecker
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
 from unlearnlib.methods.first_order import ascent_direction
-from unlearnlib.own.checks import load
+from unlearnlib.models.loading import load_model
 from unlearnlib.own.methods import build_curvature
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.texts import Material
@@ -33,7 +33,7 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
     """
     two = torch.cat([material.forget[:1], material.retain[:1]])
     for source in filter(None, (request.reference, request.model)):  # the model last: its method is tried, too
-        model = load(source, device=device)
+        model = load_model(source, device=device)
         check_measuring(model, two, source)
         if source == request.model:
             check_method(model, two, request)
