@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.losses import batches
@@ -14,6 +15,27 @@ Vector = dict[str, Tensor]
 def parameters(model: PreTrainedModel) -> Vector:
     """The model's trainable parameters by name: the live tensors, each tied one once, frozen ones left out."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be divided among processes, which then must all call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def divided_like(value: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`whole`: divided as ``like`` is, if it is. Every process has all of ``value``."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # each cuts its part
+
+
+def check_whole(model: PreTrainedModel, what: str) -> None:
+    """Raise NotImplementedError if the model's weights are sharded, naming ``what`` needs all in one place."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise NotImplementedError(
+            f"{what} needs all weights in one place, and this model's are divided among processes: use gradient "
+            "ascent and other first-order methods, K-FAC, EK-FAC or kronecker.diagonal_fisher, or load it whole"
+        )
 
 
 def snapshot(model: PreTrainedModel) -> Vector:
@@ -34,7 +56,7 @@ def set_weights(
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product of two vectors, a scalar tensor."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return whole(torch.stack([(a[name] * b[name]).sum() for name in a]).sum())
 
 
 def norm(a: Vector) -> float:
@@ -80,7 +102,9 @@ def random_vector(like: Vector, generator: torch.Generator) -> Vector:
     Drawn on the CPU, so that a seed gives the same vector on every device.
     """
     return {
-        name: torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        name: divided_like(
+            torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device), value
+        )
         for name, value in like.items()
     }
 
@@ -107,8 +131,20 @@ def mean_gradient(
             raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
         if factors is not None:
             losses = losses * factors[start : start + len(batch)].to(losses)
-        gradients = torch.autograd.grad(losses.sum(), list(live.values()))
-        for name, gradient in zip(live, gradients, strict=True):
+        for name, gradient in _gradients(losses.sum(), live).items():
             total[name] += gradient / len(sequences)
         start += len(batch)
     return total
+
+
+def _gradients(value: Tensor, live: Vector) -> Vector:
+    """The gradient of a scalar; of sharded weights, the mean over all processes of theirs."""
+    if not any(isinstance(p, DTensor) for p in live.values()):
+        return dict(zip(live, torch.autograd.grad(value, list(live.values())), strict=True))
+    for p in live.values():
+        p.grad = None
+    value.backward()  # the weights of the graph are whole ones, which only stand in for the live parts
+    gradients = {name: p.grad for name, p in live.items()}
+    for p in live.values():
+        p.grad = None
+    return gradients

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature.capture import Layer, find_layers
-from unlearnlib.weights import Vector, parameters
+from unlearnlib.weights import Vector, divided_like, parameters, whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Block:
 
     def matrix(self, v: Vector) -> Tensor:
         """The block's part of a vector, as a matrix."""
-        parts = [v[name] for name in self.names]
+        parts = [whole(v[name]) for name in self.names]
         if self.form == "row":
             return torch.cat(parts)[None]
         turned = [part.T if self.form == "transposed" and part.ndim == 2 else part for part in parts]
@@ -40,8 +40,11 @@ class Block:
         """The inverse of :meth:`matrix`, with the shapes and number formats of ``like``."""
         parts = matrix.split([like[name].numel() // len(matrix) for name in self.names], dim=1)
         turned = [part.T if self.form == "transposed" else part for part in parts]
-        pairs = zip(self.names, turned, strict=True)
-        return {name: part.reshape(like[name].shape).to(like[name]) for name, part in pairs}
+        found = {}
+        for name, part in zip(self.names, turned, strict=True):
+            part = part.reshape(like[name].shape).to(like[name].device, like[name].dtype)
+            found[name] = divided_like(part, like[name])
+        return found
 
     def coordinates(self, v: Vector) -> Tensor:
         """The block's part of a vector in the two bases, [rows, columns] as its ``eigenvalues`` are."""
@@ -65,7 +68,8 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     users: dict[str, list[Layer]] = {}
     for layer in find_layers(model):
         users.setdefault(layer.weight or layer.bias, []).append(layer)
-    live = {name: p.detach() for name, p in parameters(model).items()}
+    # Shapes say enough: no weights are read, which may be divided among processes.
+    live = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in parameters(model).items()}
     blocks = []
     for layers in users.values():
         names = [layers[0].weight, *(layer.bias for layer in layers)]
@@ -73,7 +77,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         block = Block(tuple(filter(None, names)), tuple(layer.name for layer in layers), form, torch.empty(0))
         weights = block.matrix(live)
         precise = torch.promote_types(weights.dtype, torch.float32)
-        blocks.append(replace(block, eigenvalues=torch.zeros_like(weights, dtype=precise)))
+        blocks.append(replace(block, eigenvalues=torch.zeros(weights.shape, dtype=precise, device=model.device)))
     used = [name for block in blocks for name in block.names]
     if len(used) > len(live):
         twice = next(name for name in used if used.count(name) > 1)
