@@ -17,18 +17,23 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from unlearnlib.models.loading import architecture, default_device, load_model, transformer_blocks
+from unlearnlib.weights import check_whole
 
 
 def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
     """Divide the weights of ``model`` among all processes, in place; every process must have the same ones.
 
     They go to ``device`` block by block, so that the whole model is never there. What is trained must have been
-    chosen before (``requires_grad``).
+    chosen before (``requires_grad``). Of sharded weights these raise NotImplementedError: Newton's products
+    (GaussNewton, Hessian), gradients sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia,
+    relearning and rounding. Whatever reads a vector's entries one by one must take :func:`unlearnlib.weights.whole`
+    of them.
     """
     mesh = init_device_mesh(torch.device(device or default_device()).type, (dist.get_world_size(),))
     # The outermost module, too, lets go of its weights after a pass: what is read between two passes are parts.
     for module in (*transformer_blocks(model), model):  # the rest, tied embeddings among it, is the last group
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    model.__deepcopy__ = lambda _copied: check_whole(model, "what takes a copy of the model")
     return model
 
 
