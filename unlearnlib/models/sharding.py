@@ -26,8 +26,8 @@ def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> P
     They go to ``device`` block by block, so that the whole model is never there. What is trained must have been
     chosen before (``requires_grad``). Of sharded weights these raise NotImplementedError: Newton's products
     (GaussNewton, Hessian), gradients sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia,
-    relearning and rounding. Whatever reads a vector's entries one by one must take :func:`unlearnlib.weights.whole`
-    of them.
+    relearning and rounding. Whoever reads a vector's entries one by one takes :func:`unlearnlib.weights.whole` of
+    them first.
     """
     mesh = init_device_mesh(torch.device(device or default_device()).type, (dist.get_world_size(),))
     # The outermost module, too, lets go of its weights after a pass: what is read between two passes are parts.
