@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
+
 MOST_SEQUENCES = 32
 """The most sequences that go through a model at a time."""
 MOST_LOGITS = 2**26
@@ -104,18 +106,43 @@ def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
 def batches(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, ...]:
     """The sequences [n, tokens] cut into parts that the model takes at a time, :data:`MOST_SEQUENCES` or fewer.
 
-    Fewer where those would have more than :data:`MOST_LOGITS`, but at least one.
+    Fewer where those would have more than :data:`MOST_LOGITS`, but at least one; of no sequences no part.
     """
+    if len(sequences) == 0:
+        return ()
     of_one = max(1, sequences.shape[1] - 1) * len(model.get_output_embeddings().weight)
     return sequences.split(max(1, min(MOST_SEQUENCES, MOST_LOGITS // of_one)))
+
+
+def shared_batches(model: PreTrainedModel, sequences: Tensor) -> list[tuple[Tensor, int]]:
+    """The :func:`batches` of this process's share of the sequences, and how many of each one's sequences count.
+
+    Those are all, but where weights are divided among the processes: then every pass is everybody's, and who has
+    less to do than others passes a sequence for them, of which nothing counts.
+    """
+    mine, most = (sequences[distributed.shares(len(sequences))[i]] for i in (distributed.rank(), 0))
+    found = [(batch, len(batch)) for batch in batches(model, mine)]
+    if distributed.are_divided(model.parameters()):
+        found += [(sequences[:1], 0)] * (len(batches(model, most)) - len(found))
+    return found
 
 
 def batched(
     measure: Callable[[PreTrainedModel, Tensor], Tensor], model: PreTrainedModel, sequences: Tensor
 ) -> Tensor:
-    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
-    with torch.no_grad():
-        return torch.cat([measure(model, batch).cpu() for batch in batches(model, sequences)])
+    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU.
+
+    Several processes take a share each, and all get everything.
+    """
+    number = len(sequences)
+    if number < distributed.size():  # not one for each
+        with distributed.alone():
+            return batched(measure, model, sequences)
+    divided = distributed.are_divided(model.parameters())
+    with torch.no_grad(), distributed.together(met_within=divided):
+        shared = shared_batches(model, sequences)
+        found = torch.cat([measure(model, batch)[:real].cpu() for batch, real in shared])
+    return distributed.joined(found, number)
 
 
 def mean_loss(model: PreTrainedModel, sequences: Tensor) -> float:

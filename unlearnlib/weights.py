@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import batches
+from unlearnlib import distributed
+from unlearnlib.losses import shared_batches
 
 Vector = dict[str, Tensor]
 
@@ -17,21 +17,9 @@ def parameters(model: PreTrainedModel) -> Vector:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that may be divided among processes, which then must all call this."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def divided_like(value: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`whole`: divided as ``like`` is, if it is. Every process has all of ``value``."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # each cuts its part
-
-
 def check_whole(model: PreTrainedModel, what: str) -> None:
     """Raise NotImplementedError if the model's weights are sharded, naming ``what`` needs all in one place."""
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if distributed.are_divided(model.parameters()):
         raise NotImplementedError(
             f"{what} needs all weights in one place, and this model's are divided among processes: use gradient "
             "ascent and other first-order methods, K-FAC, EK-FAC or kronecker.diagonal_fisher, or load it whole"
@@ -56,7 +44,7 @@ def set_weights(
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product of two vectors, a scalar tensor."""
-    return whole(torch.stack([(a[name] * b[name]).sum() for name in a]).sum())
+    return distributed.whole(torch.stack([(a[name] * b[name]).sum() for name in a]).sum())
 
 
 def norm(a: Vector) -> float:
@@ -102,7 +90,7 @@ def random_vector(like: Vector, generator: torch.Generator) -> Vector:
     Drawn on the CPU, so that a seed gives the same vector on every device.
     """
     return {
-        name: divided_like(
+        name: distributed.divided_like(
             torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device), value
         )
         for name, value in like.items()
@@ -118,33 +106,37 @@ def mean_gradient(
     """Gradient of the mean over ``sequences`` of ``loss(model, batch)``, which must return one value a sequence.
 
     Each value is multiplied by the sequence's factor where ``factors`` [n] are given. Batches are added up, so
-    memory does not grow with the number of sequences [n, tokens].
+    memory does not grow with the number of sequences [n, tokens]. Several processes take a share each.
     Raises FloatingPointError naming the sequence if a loss is not finite.
     """
-    live = parameters(model)
+    live, number = parameters(model), len(sequences)
     total = {name: torch.zeros_like(p) for name, p in live.items()}
-    start = 0
-    for batch in batches(model, sequences):
-        losses = loss(model, batch)
-        if not torch.isfinite(losses).all():
-            bad = start + int((~torch.isfinite(losses)).nonzero()[0])
-            raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
-        if factors is not None:
-            losses = losses * factors[start : start + len(batch)].to(losses)
-        for name, gradient in _gradients(losses.sum(), live).items():
-            total[name] += gradient / len(sequences)
-        start += len(batch)
+    divided = distributed.are_divided(live.values())
+    start = distributed.share(number).start
+    with distributed.together(met_within=divided):
+        for batch, real in shared_batches(model, sequences):
+            losses = loss(model, batch)[:real]
+            if not torch.isfinite(losses).all():
+                bad = start + int((~torch.isfinite(losses)).nonzero()[0])
+                raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
+            if factors is not None:
+                losses = losses * factors[start : start + real].to(losses)
+            gradients = _divided_gradients if divided else torch.autograd.grad
+            for name, gradient in zip(live, gradients(losses.sum(), list(live.values())), strict=True):
+                total[name] += gradient / number
+            start += real
+    if not divided:
+        distributed.sum_over(total.values())
     return total
 
 
-def _gradients(value: Tensor, live: Vector) -> Vector:
-    """The gradient of a scalar; of sharded weights, the mean over all processes of theirs."""
-    if not any(isinstance(p, DTensor) for p in live.values()):
-        return dict(zip(live, torch.autograd.grad(value, list(live.values())), strict=True))
-    for p in live.values():
+def _divided_gradients(value: Tensor, live: list[Tensor]) -> list[Tensor]:
+    """The gradient of the sum of all processes' values, where the weights are divided among them."""
+    for p in live:
         p.grad = None
-    value.backward()  # the weights of the graph are whole ones, which only stand in for the live parts
-    gradients = {name: p.grad for name, p in live.items()}
-    for p in live.values():
+    # The graph has whole weights, which only stand in for the live parts; FSDP takes the mean of what they get.
+    (value * distributed.size()).backward()
+    gradients = [p.grad for p in live]
+    for p in live:
         p.grad = None
     return gradients

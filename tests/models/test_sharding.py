@@ -7,8 +7,9 @@ import torch.distributed as dist
 from helpers import random_sequences, tiny_model
 from safetensors.torch import load_file, save_file
 
-from unlearnlib import curvature
+from unlearnlib import curvature, losses
 from unlearnlib.curvature import kronecker
+from unlearnlib.distributed import whole
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import relearning
 from unlearnlib.methods import ascent_direction, removal_direction
@@ -18,20 +19,21 @@ from unlearnlib.methods.matching import Line
 from unlearnlib.methods.sophia import bartlett_diagonal
 from unlearnlib.methods.walks import adam_walk
 from unlearnlib.models import sharding
-from unlearnlib.weights import cosine, norm, set_weights, snapshot, whole
+from unlearnlib.weights import cosine, norm, set_weights, snapshot
 
 DAMPING = 0.01
 BUILDS = {"kfac": curvature.kfac, "ekfac": curvature.ekfac, "diagonal": kronecker.diagonal_fisher}
 
 
-def unlearned(model):
+def unlearned(model, monkeypatch):
     """All numbers and vectors of an unlearning, each vector's parameters by name, whole; the model at its end."""
-    forget, retain = random_sequences(5), random_sequences(7, seed=1)
+    forget, retain = random_sequences(5), random_sequences(9, seed=1)
     start, found = snapshot(model), {"loss": torch.tensor(mean_loss(model, retain), dtype=torch.float64)}
 
     def keep(key, vector):
         found.update({f"{key}.{name}": whole(value).contiguous() for name, value in vector.items()})
 
+    keep("gradient of one", ascent_direction(model, forget[:1]))
     delta = ascent_direction(model, forget)
     keep("gradient", delta)
     found["norm"] = torch.tensor([norm(delta), cosine(delta, start)], dtype=torch.float64)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.kronecker_blocks import Block
-from unlearnlib.losses import batches, logits
+from unlearnlib.losses import logits, shared_batches
 
 
 def receive_terms(
@@ -24,6 +25,8 @@ def receive_terms(
     receive: Callable[[Block, Layer, Tensor, Tensor], None],
 ) -> None:
     """Forward and backward over the sequences [m, tokens], in batches, with labels drawn from the model.
+
+    Of several processes each does it for its share of the sequences.
 
     ``receive`` gets both sides of each layer's terms, [n, terms, rows] and [n, terms, columns]. The left side of
     an embedding is one-hot, and given by its row numbers, int64 [n, terms]. That of a head is p − e_y, and of it
@@ -38,9 +41,11 @@ def receive_terms(
     layers = [layer for layer in find_layers(model) if layer.name in block_of]
 
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        if not real:
+            return
         check_finite(gradient, start, f"the gradients at {layer.name!r}")
         block = block_of[layer.name]
-        left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues))
+        left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues.dtype))
         if layer.module is head:
             if not torch.equal(gradient[0], delta[0]):
                 raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
@@ -49,10 +54,14 @@ def receive_terms(
 
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
     uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
-    start = 0
-    with capture(model, layers, hand_on):
-        for batch in batches(model, sequences):
+    start = distributed.share(len(sequences)).start
+    divided = distributed.are_divided(model.parameters())
+    with distributed.together(met_within=divided), capture(model, layers, hand_on):
+        for batch, real in shared_batches(model, sequences):
             z = logits(model, batch)
+            if not real:
+                z.sum().backward()
+                continue
             check_finite(z, start, "the predictions")
             p = z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))
             labels = draw_labels(p, uniform[start : start + len(batch), :, None].to(p))

@@ -6,6 +6,7 @@ at a time, or two. Passes, vectors in weight space and Kronecker factors work as
 entries are DTensors, divided as the weights are.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> P
     They go to ``device`` block by block, so that the whole model is never there. What is trained must have been
     chosen before (``requires_grad``). Of sharded weights these raise NotImplementedError: Newton's products
     (GaussNewton, Hessian), gradients sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia,
-    relearning and rounding. Whoever reads a vector's entries one by one takes :func:`unlearnlib.weights.whole` of
-    them first.
+    relearning and rounding. Whoever reads a vector's entries one by one takes
+    :func:`unlearnlib.distributed.whole` of them first.
     """
+    shapes: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    for p in model.parameters():
+        shapes[id(p)] = torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    outline = copy.deepcopy(model, shapes)
+    model.outline = lambda: outline  # by which the memory that curvatures take is planned
     mesh = init_device_mesh(torch.device(device or default_device()).type, (dist.get_world_size(),))
     # The outermost module, too, lets go of its weights after a pass: what is read between two passes are parts.
     for module in (*transformer_blocks(model), model):  # the rest, tied embeddings among it, is the last group
