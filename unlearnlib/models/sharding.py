@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.models.loading import architecture, default_device, load_model, transformer_blocks
 from unlearnlib.weights import check_whole
 
@@ -29,13 +29,16 @@ def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> P
     (GaussNewton, Hessian), gradients sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia,
     relearning and rounding. Whoever reads a vector's entries one by one takes
     :func:`unlearnlib.distributed.whole` of them first.
+    One process alone keeps all.
     """
+    if distributed.size() == 1:
+        return model.to(device or default_device())
     shapes: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     for p in model.parameters():
         shapes[id(p)] = torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
     outline = copy.deepcopy(model, shapes)
     model.outline = lambda: outline  # by which the memory that curvatures take is planned
-    mesh = init_device_mesh(torch.device(device or default_device()).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device or default_device()).type, (distributed.size(),))
     # The outermost module, too, lets go of its weights after a pass: what is read between two passes are parts.
     for module in (*transformer_blocks(model), model):  # the rest, tied embeddings among it, is the last group
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -56,8 +59,11 @@ def load_sharded(
     It has the whole model in host memory meanwhile; no device and no other process has. Raises as ``load_model``.
     """
     settings = {"seed": seed, "dtype": dtype, "use_safetensors": use_safetensors}
-    first = dist.get_rank() == 0
-    whole = load_model(source, device="cpu", **settings) if first else None
+    if distributed.size() == 1:
+        return load_model(source, device=device, **settings)
+    first = distributed.rank() == 0
+    with distributed.together():
+        whole = load_model(source, device="cpu", **settings) if first else None
     device = torch.device(device or default_device())
     model = shard(architecture(source, dtype), device).to_empty(device=device)
     weights = whole.state_dict() if first else {}
@@ -65,7 +71,7 @@ def load_sharded(
     for name, buffer in model.named_buffers():  # such as rotary angles, which are no part of a model's state
         if first:
             buffer.copy_(whole.get_buffer(name))
-        dist.broadcast(buffer, src=0)
+        distributed.copy_from(buffer, 0)
     return model
 
 
@@ -74,12 +80,9 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
 
     The weights are gathered in its host memory, matrix by matrix, and the files are those of a whole model.
     """
-    if not dist.is_initialized():
-        model.save_pretrained(folder)
-        return
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # empty but in the first process
-    if dist.get_rank() == 0:
-        once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # each tied weight
-        model.save_pretrained(folder, state_dict={name: value for name, value in state.items() if name in once})
-    dist.barrier()
+    state = get_model_state_dict(model, options=options) if distributed.size() > 1 else model.state_dict()
+    with distributed.together():
+        if distributed.rank() == 0:  # the others have no state
+            once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # each tied weight
+            model.save_pretrained(folder, state_dict={name: x for name, x in state.items() if name in once})
