@@ -24,12 +24,12 @@ from unlearnlib.weights import check_whole
 def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
     """Divide the weights of ``model`` among all processes, in place; every process must have the same ones.
 
-    They go to ``device`` block by block, so that the whole model is never there. What is trained must have been
-    chosen before (``requires_grad``). Of sharded weights these raise NotImplementedError: Newton's products
-    (GaussNewton, Hessian), gradients sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia,
-    relearning and rounding. Whoever reads a vector's entries one by one takes
-    :func:`unlearnlib.distributed.whole` of them first.
-    One process alone keeps all.
+    They go to ``device`` block by block, so that the whole model is never there. What is trained
+    (``requires_grad``) and the number format are chosen before. One process alone keeps all.
+
+    Of sharded weights these raise NotImplementedError: Newton's products (GaussNewton, Hessian), gradients
+    sequence by sequence (FisherDiagonal, recursion, dual, DP-SGD), Sophia, relearning and rounding. Whoever reads
+    a vector's entries one by one takes :func:`unlearnlib.distributed.whole` of them first.
     """
     if distributed.size() == 1:
         return model.to(device or default_device())
