@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.kronecker_blocks import Block
-from unlearnlib.losses import batches, logits
+from unlearnlib.losses import logits, shared_batches
 
 PIECE = 2**22
 """How many numbers of the logits' shape are made at a time, where not all are needed at once."""
@@ -50,6 +50,8 @@ def receive_terms(
     layers = [layer for layer in find_layers(model) if layer.name in block_of]
 
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        if not counted:
+            return
         broken[f"the gradients at {layer.name!r}"] = not_finite(gradient)
         block = block_of[layer.name]
         if layer.module is not head:
@@ -66,7 +68,7 @@ def receive_terms(
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
     uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
     mine = distributed.share(len(sequences))
-    start = mine.start
+    start, divided = mine.start, distributed.are_divided(model.parameters())
     bar = tqdm(
         total=mine.stop - mine.start,
         desc="curvature",
@@ -76,8 +78,11 @@ def receive_terms(
         mininterval=1.0,
         disable=distributed.rank() > 0,
     )
-    with bar, distributed.together(), capture(model, layers, hand_on):
-        for batch in batches(model, sequences[mine]):
+    with bar, distributed.together(met_within=divided), capture(model, layers, hand_on):
+        for batch, counted in shared_batches(model, sequences):
+            if not counted:
+                logits(model, batch).sum().backward()
+                continue
             outputs, p = predictions(model, batch, start)
             broken = {}  # looked at once a batch: an accelerator would have to wait every time
             labels = draw_labels(p, uniform[start : start + len(batch), :, None].to(p))

@@ -62,13 +62,20 @@ class Kronecker:
     def _apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
         parts: Vector = {}
         for block in self.blocks:
+            given = {name: distributed.whole(v[name]) for name in block.names}
+            parts |= given if block.mine else {}
+        for block in self.blocks:
             if block.mine:
-                parts |= block.to(v[block.names[0]].device).apply(function, v)
+                parts |= block.to(v[block.names[0]].device).apply(function, parts)
         for block in self.blocks:
             for name in block.names:
-                part = parts[name].contiguous() if block.mine else torch.empty_like(v[name])
+                like = v[name]
+                if block.mine:
+                    part = parts[name].contiguous()
+                else:
+                    part = torch.empty(like.shape, dtype=like.dtype, device=like.device)
                 distributed.copy_from(part, block.owner)
-                parts[name] = part
+                parts[name] = distributed.divided_like(part, like)
         return {name: parts[name] for name in v}
 
 

@@ -17,7 +17,7 @@ from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.protocol import take
 from unlearnlib.losses import batches, log_probabilities, sequence_losses
-from unlearnlib.weights import Vector, parameters
+from unlearnlib.weights import Vector, check_whole, parameters
 
 GRADIENT_BYTES = 2**30
 """How much the gradients of single sequences may take that are held at a time, where all may not be needed."""
@@ -69,9 +69,11 @@ def each_gradient(
 
     That is when all its uses are added up, which for a tied weight may be at the end. ``loss`` passes the batch
     [n, tokens] through the model once; its first sequence has the number ``first`` in what is raised, after the
-    pass: FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError as
-    :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no part in the loss.
+    pass: FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError for
+    sharded weights and as :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no
+    part in the loss.
     """
+    check_whole(model, "each sequence's own gradient")
     layers = find_layers(model)
     missing = Counter(name for layer in layers for name in (layer.weight, layer.bias) if name)
     waiting: Vector = {}

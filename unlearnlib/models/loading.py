@@ -80,18 +80,28 @@ def load_model(
     """
     settings = {"dtype": dtype}  # no kind of attention: transformers takes torch's where the architecture can
     if isinstance(source, dict):
-        config = AutoConfig.for_model(**source)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, **settings)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source), **settings)
     else:
         model = _load_weights(source, settings | {"use_safetensors": True})
+    return _ready(model.to(device or default_device()))
+
+
+def architecture(source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of ``source``, as :func:`load_model` has it, without its weights: all tensors are on "meta"."""
+    config = AutoConfig.for_model(**source) if isinstance(source, dict) else load_config(source)
+    with torch.device("meta"):
+        return _ready(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
     # Texts are never padded here, and some models pad with the token that also ends a text: its row is trained.
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
     switch_off_dropout(model)
-    return model.to(device or default_device()).eval()
+    return model.eval()
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
@@ -287,11 +297,16 @@ def train_last_blocks(model: PreTrainedModel, number: int) -> None:
 
     Raises ValueError if it has not so many blocks.
     """
-    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    blocks = transformer_blocks(model)
     if not 1 <= number <= len(blocks):
         raise ValueError(f"cannot train the last {number} of {len(blocks)} blocks: choose from 1 to {len(blocks)}")
     model.requires_grad_(False)
     blocks[-number:].requires_grad_(True)
+
+
+def transformer_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The model's blocks, attention and feed-forward part, from the first to the last."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
 def parameter_count(model: PreTrainedModel) -> int:
