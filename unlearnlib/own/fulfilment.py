@@ -7,6 +7,7 @@ folder. The folder takes its name last of all: it is there whole or not at all, 
 import dataclasses
 import itertools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from unlearnlib.own.targets import FEWEST, difficulties, estimate_targets
 from unlearnlib.own.texts import Material
 from unlearnlib.own.warnings import warnings_of
 
+logger = logging.getLogger(__name__)
+
 
 def fulfil(request: Request, device: torch.device | str | None = None) -> dict[str, Any]:
     """Do all that a request asks, and write the unlearned model and its report to the request's output.
@@ -45,6 +48,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
     """
     device = torch.device(device or loading.default_device())
     with cache.new_folder(Path(request.output)) as folder:
+        logger.info("reading and checking")
         material, needed = check_request(request, device)
         rehearse(request, material, device)
         sources = {"reference": request.reference, "before": request.model}
@@ -169,6 +173,7 @@ def _write_unlearned(
     folder: Path, material: Material, request: Request, target: float | None, device: torch.device
 ) -> tuple[Outcome, Cost, str]:
     """Unlearn a copy of the model and write it in its source's number format, whose name is returned last."""
+    logger.info("unlearning with %s", request.method)
     model = load(request.model, dtype="auto", device=device)
     dtype = model.dtype
     model.float()
@@ -180,6 +185,7 @@ def _write_unlearned(
         raise FloatingPointError(
             f"the unlearned model has no finite loss, or weights too large for {name}: take a smaller strength"
         )
+    logger.info("writing the unlearned model")
     _drop_foreign_code(model, material.tokenizer)
     model.save_pretrained(folder)
     material.tokenizer.save_pretrained(folder)
@@ -194,6 +200,7 @@ def _drop_foreign_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 def _inspect(source: str | Path, material: Material, request: Request, device: torch.device) -> dict[str, Any]:
     """Load a model, measure it and let go of it: of all models one at a time is in memory."""
+    logger.info("measuring %s", "the unlearned model" if isinstance(source, Path) else source)
     return measure(load(source, device=device), material, request.learning_rate)
 
 

@@ -1,6 +1,7 @@
 """What an erasure request does to the weights: each method in a few lines, over any model."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
 
+logger = logging.getLogger(__name__)
+
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
 MOST_STEPS = 200
@@ -63,12 +66,14 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     if request.method == "gradient_difference":
         return _descend(model, material, request, target)
     forget = material.forget
+    logger.info("differentiating the loss on %d sequences to forget", len(forget))
     start, delta = snapshot(model), ascent_direction(model, forget)
     if request.method == "gradient_ascent":
         return Outcome(_go(Line(model, delta, forget, start), request, target))
     gradient = ascent_direction(model, material.estimation)  # g
     if request.method == "kfac:difference":
         delta = difference(delta, gradient)
+    logger.info("building the curvature of %d sequences to keep", len(material.estimation))
     curvature = build_curvature(model, material.estimation, request, delta)
 
     def path(damping: float) -> Line:
@@ -104,6 +109,7 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
     set_weights(model, start)
     walk = path(**setting)
     if target is not None:
+        logger.info("walking to a forget loss of %.3f nats", target)
         return Outcome(walk.to(target), setting, choice)
     for _ in itertools.islice(walk.steps, int(request.strength)):
         pass
@@ -126,6 +132,7 @@ def _chosen(
     """The setting by :func:`unlearnlib.methods.choose`; that of the grids' middles if there is nothing to do."""
     if mean_loss(model, material.forget) >= goal - TOLERANCE:
         return {name: grid[len(grid) // 2] for name, grid in knobs.items()}, None
+    logger.info("choosing %s on %d sequences", " and ".join(knobs), len(material.validation))
     choice = choose(knobs, path, material.validation, goal)
     return choice.setting, choice
 
@@ -133,6 +140,7 @@ def _chosen(
 def _go(line: Line, request: Request, target: float | None) -> Match:
     """Take a line to the target, or as far as the request's strength says."""
     if target is not None:
+        logger.info("searching the strength for a forget loss of %.3f nats", target)
         return line.to(target)
     line.go(request.strength)
     return _end(line.model, line.forget, request.strength)

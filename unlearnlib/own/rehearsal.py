@@ -5,6 +5,7 @@ No list says which architectures a method can work on. It is tried, and where it
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ from unlearnlib.own.methods import build_curvature
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.texts import Material
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 1e-4
 """By so much of the largest logit a prediction may depend on rounding."""
 
@@ -33,6 +36,7 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
     """
     two = torch.cat([material.forget[:1], material.retain[:1]])
     for source in filter(None, (request.reference, request.model)):  # the model last: its method is tried, too
+        logger.info("rehearsing with %s on two sequences", source)
         model = load(source, device=device)
         check_measuring(model, two, source)
         if source == request.model:

@@ -1,0 +1,160 @@
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ARCHITECTURES
+from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
+from safetensors.torch import load_file
+
+from unlearnlib.models import loading
+from unlearnlib.models.training import Training, train
+from unlearnlib.own import __main__ as command
+from unlearnlib.own import fulfilment, texts
+from unlearnlib.own.request import STRENGTHS, Request
+from unlearnlib.texts.sequences import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that has learnt the texts, and the files."""
+    folder, tokenizer = tmp_path_factory.mktemp("own"), train_tokenizer(FORGET + RETAIN + HOLDOUT, 300)
+    for name, written in {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}.items():
+        write(folder / f"{name}.jsonl", written)
+    files = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
+    material = texts.read_material(tokenizer, files, [], LENGTH)
+    model = loading.load_model(ARCHITECTURES["opt"] | {"vocab_size": 300}, device="cpu")
+    known = torch.cat([material.forget, material.retain])
+    train(model, known, Training(epochs=20, learning_rate=1e-2), seed=0)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_handler():
+    """The program changes what a signal does, as programs may."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def settings(folder, place, **changes):
+    """Parameters of a small request."""
+    files = {f"{name}_file": str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
+    asked = {"model": str(folder / "model"), "output": str(place), "length": LENGTH, "target_loss": 4.0}
+    return asked | files | changes
+
+
+def options(folder, place, **changes):
+    """The same on the command line."""
+    asked = settings(folder, place, **changes).items()
+    return [text for name, value in asked for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_help_names_every_parameter_with_its_default_and_every_method(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name, unit in STRENGTHS.items():
+        assert re.search(rf"^  {name} +{re.escape(unit)}$", text, re.MULTILINE)
+    _, required, optional = re.split("^required:|^optional:", text, flags=re.MULTILINE)
+    described = {}
+    for part, must in ((required, True), (optional.partition("\n\n")[0], False)):
+        for option in re.split(r"\n  (?=--)", part)[1:]:
+            name, _, said = " ".join(option.split()).partition(" ")
+            described[name] = must, said
+    assert described.pop("--device")
+    assert list(described) == [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Request)]
+    for field, (must, said) in zip(dataclasses.fields(Request), described.values(), strict=True):
+        assert must == (field.default is dataclasses.MISSING)
+        assert len(said) > 20
+        if field.default not in (dataclasses.MISSING, None, ()):
+            assert said.endswith(f"(default: {field.default})")
+
+
+def test_options_are_the_parameters_of_a_request(folder, tmp_path):
+    asked = settings(folder, tmp_path / "out", method="kfac", damping=0.5, noise=0.25, retain_weight=2.0, seed=7)
+    asked |= {"learning_rate": 1e-3, "reference": "theirs", "secrets": "secrets.txt"}
+    line = [text for name, value in asked.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    several = ["a.jsonl", "b,c.jsonl"]
+    found = vars(command.parser().parse_args([*line, "--earlier-forget-files", *several, "--device", "cpu"]))
+    assert found.pop("device") == torch.device("cpu")
+    assert Request(**found) == Request(**asked, earlier_forget_files=several)
+    least = {name: asked[name] for name in ("model", "forget_file", "retain_file", "output")}
+    line = [text for name, value in least.items() for text in (f"--{name.replace('_', '-')}", value)]
+    found = vars(command.parser().parse_args([*line, "--strength", "0.5"]))
+    assert found.pop("device") is None
+    assert Request(**found) == Request(**least, strength=0.5)
+
+
+def test_options_may_stand_in_a_file(folder, tmp_path):
+    lines = [f'--output "{tmp_path}/a b"  # the place', "", f"--model {folder}/model --length 20"]
+    (tmp_path / "request.txt").write_text("\n".join(lines))
+    line = [f"@{tmp_path}/request.txt", "--forget-file", "a", "--retain-file", "b", "--length", "30"]
+    found = command.parser().parse_args(line)
+    assert (found.output, found.length) == (f"{tmp_path}/a b", 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": "long"}, "argument --length: invalid int value: 'long'"),
+        ({"method": "magic"}, "unknown method 'magic': choose one of gradient_ascent"),
+        ({"magic": 1}, "unrecognized arguments: --magic 1 (--help explains"),
+        ({"device": "tricorder"}, "argument --device: there is no device tricorder here, name another"),
+        ({"model": "./nowhere"}, "there is no model './nowhere'"),
+        ({"forget_file": "nowhere.jsonl"}, "there is no file nowhere.jsonl: give the path"),
+        ({"output": "/dev/null/out"}, "nothing can be written at /dev/null/out"),
+        ({"target_loss": float("nan")}, "target_loss must be a positive number"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(folder, tmp_path, capfd, changes, message):
+    assert command.main(options(folder, tmp_path / "out", **changes)) == 1
+    said = capfd.readouterr()
+    [line] = [line for line in said.err.splitlines() if not re.match(r" *\d+\.\d s  ", line)]
+    assert line.startswith("error: ")
+    assert message in line
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_named(capfd):
+    assert command.main(["--model", "here"]) == 1
+    assert "arguments are required: --forget-file, --retain-file, --output (" in capfd.readouterr().err
+
+
+def run(*arguments, **more):
+    """The program, in a process of its own."""
+    line = [sys.executable, "-m", "unlearnlib.own", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, **more)
+
+
+def weights_and_report(place):
+    report = json.loads((place / "report.json").read_text())
+    del report["cost"]
+    return load_file(place / "model.safetensors"), report
+
+
+def test_a_request_is_fulfilled_as_by_the_library_and_warnings_come_last(folder, tmp_path):
+    ended = run(*options(folder, "out"), cwd=tmp_path)
+    assert ended.returncode == 0
+    assert ended.stdout == "The unlearned model and its report are in out\n"
+    expected = fulfilment.fulfil(Request(**settings(folder, tmp_path / "expected")), "cpu")
+    (found, report), (weights, _) = (weights_and_report(tmp_path / name) for name in ("out", "expected"))
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert report == {name: value for name, value in expected.items() if name != "cost"}
+    lines = re.split(r"[\r\n]+", ended.stderr.strip())
+    number = len(report["warnings"])
+    assert number > 0
+    assert lines[-number:] == [f"warning: {warning}" for warning in report["warnings"]]
+    stages = [match[1] for line in lines if (match := re.search(r"\d+\.\d s  (\w+)", line))]
+    beginnings = (
+        "reading rehearsing measuring unlearning differentiating building choosing searching writing measuring"
+    )
+    assert stages == beginnings.split()
