@@ -17,6 +17,7 @@ from unlearnlib.own import __main__ as command
 from unlearnlib.own import fulfilment, texts
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.texts.sequences import train_tokenizer
+from unlearnlib.weights import difference, norm
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,11 @@ def test_what_is_missing_is_named(capfd):
     assert "arguments are required: --forget-file, --retain-file, --output (" in capfd.readouterr().err
 
 
-def run(*arguments, **more):
-    """The program, in a process of its own."""
-    line = [sys.executable, "-m", "unlearnlib.own", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, **more)
+def run(*arguments, processes=0, **more):
+    """The program, in a process of its own, or in several that torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    line = [sys.executable, *launcher, "-m", "unlearnlib.own", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False, **more)
 
 
 def weights_and_report(place):
@@ -158,3 +160,50 @@ def test_a_request_is_fulfilled_as_by_the_library_and_warnings_come_last(folder,
         "reading rehearsing measuring unlearning differentiating building choosing searching writing measuring"
     )
     assert stages == beginnings.split()
+
+
+def flat(value, place=""):
+    """All that a report says, by its place in it."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, part in items for k, v in flat(part, f"{place}/{name}").items()}
+    return {place: value}
+
+
+def test_two_processes_do_what_one_does_and_the_first_speaks(folder, tmp_path):
+    asked = {"damping": 0.1}
+    ended = run(*options(folder, tmp_path / "out", **asked), processes=2)
+    assert ended.returncode == 0
+    assert ended.stdout.count("The unlearned model and its report are in") == 1
+    assert ended.stderr.count("unlearning with kfac") == 1
+    fulfilment.fulfil(Request(**settings(folder, tmp_path / "expected", **asked)), "cpu")
+    (found, report), (weights, expected) = (weights_and_report(tmp_path / name) for name in ("out", "expected"))
+    assert norm(difference(found, weights)) < 1e-6 * norm(weights)
+    said, expected = flat(report), flat(expected)
+    assert said.keys() == expected.keys()
+    for place, value in expected.items():
+        known = isinstance(value, float)
+        # Some are differences of losses, which are of several nats.
+        assert said[place] == (pytest.approx(value, rel=1e-6, abs=1e-6) if known else value), place
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+def test_an_error_ends_all_processes_with_one_message(folder, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "one"}\n{"text": ')
+    ended = run(*options(folder, tmp_path / "out", forget_file=broken), processes=2)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ['error: line 2 of broken.jsonl is no JSON object with a string "text": one object a line']
+    assert command.__file__ not in ended.stderr  # of a traceback
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_another_process_speaks_only_if_nothing_ends_it(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command, "GRACE", 0.0)
+    assert command.main(options(folder, tmp_path / "out", forget_file="nowhere.jsonl")) == 1
+    assert (
+        capfd.readouterr().err
+        == "error: process 1: there is no file nowhere.jsonl: give the path of a file of texts\n"
+    )

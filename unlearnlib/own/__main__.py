@@ -5,22 +5,32 @@ are comes from :class:`unlearnlib.own.request.Request`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
+import os
 import shlex
 import signal
 import sys
+import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 
+from unlearnlib import distributed
+from unlearnlib.models.loading import default_device
 from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.request import STRENGTHS, Request
 
-EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, NotImplementedError, torch.OutOfMemoryError)
-"""What :func:`unlearnlib.own.fulfilment.fulfil` raises with a message for people, and a card without memory."""
+EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, RuntimeError)
+"""What :func:`unlearnlib.own.fulfilment.fulfil` raises with a message for people.
+
+Of RuntimeErrors they are those of another process, and what PyTorch says of memory and connections.
+"""
+GRACE = 5.0
+"""Seconds by which another process lets the first one speak, which ends the others where it fails, too."""
 
 MEANINGS = {
     "model": (
@@ -191,6 +201,30 @@ class Elapsed(logging.Formatter):
         return f"{record.relativeCreated / 1000:8.1f} s  {record.getMessage()}"
 
 
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """Within the block, say on stderr what is being done."""
+    logger, handler = logging.getLogger("unlearnlib.own"), logging.StreamHandler()
+    handler.setFormatter(Elapsed())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Within the block, say nothing: the first process speaks for all."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a language model forget texts, and write what became of it to a new folder, with a report.
 
@@ -199,22 +233,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a scheduler's end is one like Ctrl-C
     for stream in (sys.stdout, sys.stderr):  # an old terminal has not the letters of every name
         stream.reconfigure(errors="backslashreplace")
-    progress = logging.StreamHandler()
-    progress.setFormatter(Elapsed())
-    logger = logging.getLogger("unlearnlib.own")
-    logger.handlers = [progress]
-    logger.setLevel(logging.INFO)
+    number = int(os.environ.get("RANK", 0))
     try:
-        options = vars(parser().parse_args(arguments))
-        device = options.pop("device")
-        report = fulfil(Request(**options), device)
+        with _progress() if number == 0 else _silence():
+            options = vars(parser().parse_args(arguments))
+            device = options.pop("device") or default_device()
+            request = Request(**options)
+            with distributed.started(device):
+                report = fulfil(request, device)
     except EXPECTED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if number:
+            for sign in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sign, signal.SIG_DFL)
+            time.sleep(GRACE)
+            reason = f"process {number}: {reason}"
         print(f"error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing is at the output", file=sys.stderr)
+        if number == 0:
+            print("interrupted; nothing is at the output", file=sys.stderr)
         return 130
+    if number:
+        return 0
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"The unlearned model and its report are in {options['output']}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 from pathlib import Path
 
@@ -186,8 +187,10 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on the device, in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free on the device, in bytes; processes of one launcher that share it have a part each."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_room(request: Request, model: PreTrainedModel, needed: int, device: torch.device) -> None:
