@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
-from unlearnlib.own import __main__ as command
-from unlearnlib.own import fulfilment, texts
+from unlearnlib.own import command_line, fulfilment, texts
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.texts.sequences import train_tokenizer
 from unlearnlib.weights import difference, norm
@@ -59,7 +58,7 @@ def options(folder, place, **changes):
 
 def test_help_names_every_parameter_with_its_default_and_every_method(capsys):
     with pytest.raises(SystemExit) as ended:
-        command.main(["--help"])
+        command_line.main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for name, unit in STRENGTHS.items():
@@ -81,15 +80,15 @@ def test_help_names_every_parameter_with_its_default_and_every_method(capsys):
 
 def test_options_are_the_parameters_of_a_request(folder, tmp_path):
     asked = settings(folder, tmp_path / "out", method="kfac", damping=0.5, noise=0.25, retain_weight=2.0, seed=7)
-    asked |= {"learning_rate": 1e-3, "reference": "theirs", "secrets": "secrets.txt"}
+    asked |= {"learning_rate": 1e-3, "reference": "theirs", "secrets": "secrets.txt", "factors": "f"}
     line = [text for name, value in asked.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     several = ["a.jsonl", "b,c.jsonl"]
-    found = vars(command.parser().parse_args([*line, "--earlier-forget-files", *several, "--device", "cpu"]))
+    found = vars(command_line.parser().parse_args([*line, "--earlier-forget-files", *several, "--device", "cpu"]))
     assert found.pop("device") == torch.device("cpu")
     assert Request(**found) == Request(**asked, earlier_forget_files=several)
     least = {name: asked[name] for name in ("model", "forget_file", "retain_file", "output")}
     line = [text for name, value in least.items() for text in (f"--{name.replace('_', '-')}", value)]
-    found = vars(command.parser().parse_args([*line, "--strength", "0.5"]))
+    found = vars(command_line.parser().parse_args([*line, "--strength", "0.5"]))
     assert found.pop("device") is None
     assert Request(**found) == Request(**least, strength=0.5)
 
@@ -98,7 +97,7 @@ def test_options_may_stand_in_a_file(folder, tmp_path):
     lines = [f'--output "{tmp_path}/a b"  # the place', "", f"--model {folder}/model --length 20"]
     (tmp_path / "request.txt").write_text("\n".join(lines))
     line = [f"@{tmp_path}/request.txt", "--forget-file", "a", "--retain-file", "b", "--length", "30"]
-    found = command.parser().parse_args(line)
+    found = command_line.parser().parse_args(line)
     assert (found.output, found.length) == (f"{tmp_path}/a b", 30)
 
 
@@ -116,7 +115,7 @@ def test_options_may_stand_in_a_file(folder, tmp_path):
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(folder, tmp_path, capfd, changes, message):
-    assert command.main(options(folder, tmp_path / "out", **changes)) == 1
+    assert command_line.main(options(folder, tmp_path / "out", **changes)) == 1
     said = capfd.readouterr()
     [line] = [line for line in said.err.splitlines() if not re.match(r" *\d+\.\d s  ", line)]
     assert line.startswith("error: ")
@@ -126,7 +125,7 @@ def test_an_error_is_one_line_and_exit_code_1(folder, tmp_path, capfd, changes, 
 
 
 def test_what_is_missing_is_named(capfd):
-    assert command.main(["--model", "here"]) == 1
+    assert command_line.main(["--model", "here"]) == 1
     assert "arguments are required: --forget-file, --retain-file, --output (" in capfd.readouterr().err
 
 
@@ -195,14 +194,14 @@ def test_an_error_ends_all_processes_with_one_message(folder, tmp_path):
     assert ended.returncode == 1
     said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert said == ['error: line 2 of broken.jsonl is no JSON object with a string "text": one object a line']
-    assert command.__file__ not in ended.stderr  # of a traceback
+    assert command_line.__file__ not in ended.stderr  # of a traceback
     assert list(tmp_path.iterdir()) == [broken]
 
 
 def test_another_process_speaks_only_if_nothing_ends_it(folder, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(command, "GRACE", 0.0)
-    assert command.main(options(folder, tmp_path / "out", forget_file="nowhere.jsonl")) == 1
+    monkeypatch.setattr(command_line, "GRACE", 0.0)
+    assert command_line.main(options(folder, tmp_path / "out", forget_file="nowhere.jsonl")) == 1
     assert (
         capfd.readouterr().err
         == "error: process 1: there is no file nowhere.jsonl: give the path of a file of texts\n"

@@ -115,6 +115,7 @@ def gradients(model, sequences):
         ({"secrets": ["0815", 4821]}, "secret 2 is no text: put it between quotation marks"),
         ({"seed": 1.5}, "seed must be a whole number of at most 18 digits, not 1.5"),
         ({"seed": 2**64}, "seed must be a whole number"),
+        ({"factors": "here"}, "gradient_ascent has no Kronecker factors: leave factors out, or choose kfac or"),
     ],
 )
 def test_impossible_settings_are_errors(tmp_path, changes, message):
@@ -127,6 +128,11 @@ def test_no_output_is_overwritten_and_no_model_written_into(folder, tmp_path):
         make(folder, tmp_path)
     with pytest.raises(ValueError, match="lies within"):
         make(folder, folder / "opt" / "model" / "new")
+    for place in (folder / "opt" / "model", folder / "opt" / "model" / "new"):
+        with pytest.raises(ValueError, match="the factors .* lies within .*, which must not change"):
+            make(folder, tmp_path / "out", method="kfac", factors=str(place))
+    with pytest.raises(ValueError, match="lie within the output, which is made last: move them"):
+        make(folder, tmp_path / "out", method="kfac", factors=str(tmp_path / "out" / "factors"))
 
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="never overwritten"):

@@ -18,7 +18,7 @@ from unlearnlib.losses import MOST_SEQUENCES, batches
 from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE
 from unlearnlib.own.report import PROBED
-from unlearnlib.own.request import Request
+from unlearnlib.own.request import KRONECKER, Request
 from unlearnlib.own.targets import FEWEST
 from unlearnlib.own.texts import Material, read_material
 
@@ -168,7 +168,7 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     factors = sum(a * a + b * b for a, b in inner) + width**2
     # Kept during the pass, of the probe with its five copies of the weights at least; kept in the search.
     passing, search = 5 * d + max(probe, batch), 5 * d
-    if request.method in ("kfac", "kfac:difference", "ekfac", "fisher_forgetting"):
+    if request.method in KRONECKER:
         passing, search = 6 * d + max(probe, batch + factors), 9 * d + 2 * factors
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)

@@ -95,7 +95,9 @@ def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> 
         return  # nothing but what measuring does, too
     delta = ascent_direction(model, two)
     if method in ("fisher_diagonal", "fisher_dual"):
-        build_curvature(model, two, dataclasses.replace(request, method=method), delta).solve(delta, 1.0)
+        build_curvature(model, two, dataclasses.replace(request, method=method, factors=None), delta).solve(
+            delta, 1.0
+        )
     elif method != "gradient_ascent":
         kronecker.layer_factors(model, two)
         if method == "ekfac":
