@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from helpers import ARCHITECTURES
 from own_helpers import FORGET, HOLDOUT, LENGTH, RETAIN, write
 from safetensors.torch import load_file
 
+from unlearnlib.curvature import kronecker_groups
+from unlearnlib.curvature.kronecker_blocks import find_blocks
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
 from unlearnlib.own import command_line, fulfilment, texts
@@ -107,7 +110,7 @@ def test_options_may_stand_in_a_file(folder, tmp_path):
         ({"length": "long"}, "argument --length: invalid int value: 'long'"),
         ({"method": "magic"}, "unknown method 'magic': choose one of gradient_ascent"),
         ({"magic": 1}, "unrecognized arguments: --magic 1 (--help explains"),
-        ({"device": "tricorder"}, "argument --device: there is no device tricorder here, name another"),
+        ({"device": "tricorder"}, "argument --device: there is no device tricorder here: name another"),
         ({"model": "./nowhere"}, "there is no model './nowhere'"),
         ({"forget_file": "nowhere.jsonl"}, "there is no file nowhere.jsonl: give the path"),
         ({"output": "/dev/null/out"}, "nothing can be written at /dev/null/out"),
@@ -129,10 +132,10 @@ def test_what_is_missing_is_named(capfd):
     assert "arguments are required: --forget-file, --retain-file, --output (" in capfd.readouterr().err
 
 
-def run(*arguments, processes=0, **more):
+def run(*arguments, processes=0, program=("-m", "unlearnlib.own"), **more):
     """The program, in a process of its own, or in several that torchrun starts."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
-    line = [sys.executable, *launcher, "-m", "unlearnlib.own", *arguments]
+    line = [sys.executable, *launcher, *program, *arguments]
     return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False, **more)
 
 
@@ -169,6 +172,59 @@ def flat(value, place=""):
     return {place: value}
 
 
+SLOW = """
+import sys, time
+from unlearnlib.curvature.kronecker_store import FactorStore
+from unlearnlib.own.command_line import main
+
+put = FactorStore.put
+
+def slowly(store, block):
+    found = put(store, block)
+    time.sleep(1)
+    return found
+
+FactorStore.put = slowly
+sys.exit(main())
+"""
+
+
+def test_an_interrupted_request_goes_on_from_the_factors_that_are_finished(folder, tmp_path, monkeypatch):
+    asked, kept = {"damping": 0.1}, tmp_path / "factors"
+    line = options(folder, tmp_path / "out", factors=kept, **asked)
+    with subprocess.Popen([sys.executable, "-c", SLOW, *line], stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 200
+        while len(list(kept.glob("*.safetensors"))) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; nothing is at the output"
+    assert list(tmp_path.iterdir()) == [kept]
+    finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
+    matrices = len(find_blocks(loading.load_model(folder / "model", device="cpu")))
+    assert 2 <= len(finished) < matrices
+
+    assert command_line.main(line) == 0
+    assert len(list(kept.glob("*.safetensors"))) == matrices
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    fulfilment.fulfil(Request(**settings(folder, tmp_path / "expected", **asked)), "cpu")
+    (found, report), (weights, expected) = (weights_and_report(tmp_path / name) for name in ("out", "expected"))
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert report == expected
+
+    monkeypatch.setattr(kronecker_groups, "build_group", must_not_be_called)
+    later = {"forget_file": write(tmp_path / "later.jsonl", FORGET[:4]), "factors": str(kept), **asked}
+    assert command_line.main(options(folder, tmp_path / "later", **later)) == 0
+    monkeypatch.setattr(fulfilment, "measure", must_not_be_called)
+    with pytest.raises(ValueError, match="were built with other method: name another folder"):
+        fulfilment.fulfil(Request(**settings(folder, tmp_path / "other", method="ekfac", **later)), "cpu")
+
+
+def must_not_be_called(*args, **settings):
+    raise AssertionError("this had been done already, or should not have been begun")
+
+
 def test_two_processes_do_what_one_does_and_the_first_speaks(folder, tmp_path):
     asked = {"damping": 0.1}
     ended = run(*options(folder, tmp_path / "out", **asked), processes=2)
@@ -187,15 +243,26 @@ def test_two_processes_do_what_one_does_and_the_first_speaks(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
 
-def test_an_error_ends_all_processes_with_one_message(folder, tmp_path):
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"text": "one"}\n{"text": ')
-    ended = run(*options(folder, tmp_path / "out", forget_file=broken), processes=2)
+APART = """
+import os, sys
+from unlearnlib.own.command_line import main
+
+sys.exit(main([*sys.argv[1:], "--forget-file", f"forget{os.environ['RANK']}.jsonl"]))
+"""
+
+
+def test_what_one_process_finds_wrong_ends_all_with_one_message(folder, tmp_path):
+    (tmp_path / "program.py").write_text(APART)
+    write(tmp_path / "forget0.jsonl", FORGET)
+    (tmp_path / "forget1.jsonl").write_text('{"text": "one"}\n{"text": ')
+    before = sorted(tmp_path.iterdir())
+    ended = run(*options(folder, "out"), processes=2, program=["program.py"], cwd=tmp_path)
     assert ended.returncode == 1
-    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert said == ['error: line 2 of broken.jsonl is no JSON object with a string "text": one object a line']
-    assert command_line.__file__ not in ended.stderr  # of a traceback
-    assert list(tmp_path.iterdir()) == [broken]
+    said = [line for line in ended.stderr.splitlines() if "error: " in line]
+    message = 'line 2 of forget1.jsonl is no JSON object with a string "text": one object a line'
+    assert said == [f"error: process 1: {message}"]
+    assert command_line.__file__ not in ended.stderr  # as in a traceback
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_another_process_speaks_only_if_nothing_ends_it(folder, tmp_path, monkeypatch, capfd):

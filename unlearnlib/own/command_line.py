@@ -29,8 +29,8 @@ EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, RuntimeError)
 
 Of RuntimeErrors they are those of another process, and what PyTorch says of memory and connections.
 """
-GRACE = 5.0
-"""Seconds by which another process lets the first one speak, which ends the others where it fails, too."""
+GRACE = 30.0
+"""Seconds that a process waits to be ended where another has the word: a launcher ends all when one has ended."""
 
 MEANINGS = {
     "model": (
@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         type=_device,
         metavar="DEVICE",
-        help="cpu, cuda or cuda:1 (default: the first CUDA device there is, or cpu)",
+        help="cpu or cuda, of which each of several processes takes one (default: cuda where it is present)",
     )
     return made
 
@@ -194,10 +194,9 @@ def _number_or_word(text: str) -> float | str:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # AssertionError: PyTorch was built without it
-        raise argparse.ArgumentTypeError(f"there is no device {name} here, name another, such as cpu") from None
+    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
+        return torch.device(name)
+    raise argparse.ArgumentTypeError(f"there is no device {name} here: name another, such as cpu")
 
 
 class Elapsed(logging.Formatter):
@@ -232,6 +231,12 @@ def _silence() -> Iterator[None]:
         yield
 
 
+def _await_the_end(seconds: float) -> None:
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a language model forget texts, and write what became of it to a new folder, with a report.
 
@@ -250,11 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report = fulfil(request, device)
     except EXPECTED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if number:
-            for sign in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(sign, signal.SIG_DFL)
-            time.sleep(GRACE)
+        if number:  # the first one has most likely met the same, and speaks at once
+            _await_the_end(GRACE)
             reason = f"process {number}: {reason}"
+        elif distributed.size() > 1 and isinstance(
+            error, RuntimeError
+        ):  # as of a connection to one that has ended
+            _await_the_end(GRACE / 10)
         print(f"error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
+from unlearnlib.curvature.kronecker_groups import kfac_in_groups
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.contenders import DAMPINGS, WEIGHTS
 from unlearnlib.losses import mean_loss
@@ -122,8 +124,11 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
         return FisherDiagonal(model, sequences)
     if request.method == "fisher_dual":
         return StreamingFisher(model, sequences, v=delta)
-    build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
-    return build(model, sequences, seed=request.seed)
+    corrected = request.method == "ekfac"
+    if request.factors is not None:
+        folder = pathlib.Path(request.factors)
+        return kfac_in_groups(model, sequences, seed=request.seed, corrected=corrected, folder=folder)
+    return (kronecker.ekfac if corrected else kronecker.kfac)(model, sequences, seed=request.seed)
 
 
 def _chosen(

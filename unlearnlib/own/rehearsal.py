@@ -7,12 +7,14 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature import kronecker
+from unlearnlib.curvature.kronecker_store import FactorStore, settings_of
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
 from unlearnlib.methods.first_order import ascent_direction
@@ -41,6 +43,7 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
         check_measuring(model, two, source)
         if source == request.model:
             check_method(model, two, request)
+            check_factors(model, material.estimation, request)
         del model  # before the next is loaded
 
 
@@ -87,6 +90,16 @@ def check_method(model: PreTrainedModel, two: Tensor, request: Request) -> None:
     working = [name for name in others if _failure(lambda name=name: _try(model, two, request, name)) is None]
     advice = f"choose {' or '.join(working)}" if working else "nor can any other method"
     raise NotImplementedError(f"{request.method} cannot work on {request.model} ({failure}): {advice}")
+
+
+def check_factors(model: PreTrainedModel, sequences: Tensor, request: Request) -> None:
+    """Raise ValueError if the request's folder of factors has something else, or OSError if it cannot be used."""
+    if request.factors is None:
+        return
+    folder = Path(request.factors)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        FactorStore(folder, settings_of(model, sequences, request.seed, request.method == "ekfac"))
 
 
 def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> None:
