@@ -205,6 +205,29 @@ def second_moments(
     return Kronecker(found)
 
 
+def build_group(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    group: list[Block],
+    seed: int,
+    corrected: bool,
+    keep: Callable[[Block], Block],
+) -> list[Block]:
+    """K-FAC's blocks of one group of matrices, or EK-FAC's if ``corrected``; ``keep`` puts each where it stays.
+
+    The factors of the group are all in memory at once; of what is built from them, K-FAC's one block at a time.
+    ``group`` are some of :func:`find_blocks`. Raises as :func:`kfac`.
+    """
+    factors, built = layer_factors(model, sequences, seed=seed, blocks=group), []
+    for block in group:
+        [found] = from_factors(model, {name: factors.pop(name) for name in block.layers}, [block]).blocks
+        built.append(found if corrected else keep(found))
+        del found
+    if not corrected:
+        return built
+    return [keep(block) for block in second_moments(model, sequences, Kronecker(built), seed=seed).blocks]
+
+
 def add_moment(total: Tensor, side: Tensor) -> None:
     """Add Σ x xᵀ over all terms x of one side [n, terms, size] to ``total``, or if that is a row its diagonal."""
     side = side.flatten(0, 1)

@@ -37,7 +37,9 @@ class Block:
         return self.owner == distributed.rank()
 
     def to(self, device: torch.device | str) -> "Block":
-        """The block with what it has on another device."""
+        """The block with what it has on another device; shapes alone stay as they are."""
+        if self.eigenvalues.is_meta:
+            return self
         left, right = (side if side is None else side.to(device) for side in (self.left, self.right))
         return replace(self, eigenvalues=self.eigenvalues.to(device), left=left, right=right)
 
