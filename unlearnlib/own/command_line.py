@@ -30,7 +30,7 @@ EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, RuntimeError)
 Of RuntimeErrors they are those of another process, and what PyTorch says of memory and connections.
 """
 GRACE = 30.0
-"""Seconds that a process waits to be ended where another has the word: a launcher ends all when one has ended."""
+"""Seconds that a process waits before it speaks, if another may have the word: it will be ended with that one."""
 
 MEANINGS = {
     "model": (
@@ -231,10 +231,18 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _await_the_end(seconds: float) -> None:
+def _is_torchs(error: Exception) -> bool:
+    """Whether PyTorch raised it, as it does where a process is no longer connected to one that has ended."""
+    return isinstance(error, RuntimeError) and not isinstance(
+        error, distributed.ErrorElsewhere | NotImplementedError | torch.OutOfMemoryError
+    )
+
+
+def _await_the_end() -> None:
+    """Give the word to another process: the launcher ends this one when that has ended."""
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, signal.SIG_DFL)
-    time.sleep(seconds)
+    time.sleep(GRACE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,13 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report = fulfil(request, device)
     except EXPECTED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if number:  # the first one has most likely met the same, and speaks at once
-            _await_the_end(GRACE)
+        if number:
             reason = f"process {number}: {reason}"
-        elif distributed.size() > 1 and isinstance(
-            error, RuntimeError
-        ):  # as of a connection to one that has ended
-            _await_the_end(GRACE / 10)
+        if number or (distributed.size() > 1 and _is_torchs(error)):
+            _await_the_end()
         print(f"error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
