@@ -127,6 +127,16 @@ def test_an_error_is_one_line_and_exit_code_1(folder, tmp_path, capfd, changes, 
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_memory_is_said_with_the_remedy(folder, tmp_path, monkeypatch, capfd):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has much to say.")
+
+    monkeypatch.setattr(command_line, "fulfil", fail)
+    assert command_line.main(options(folder, tmp_path / "out")) == 1
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB: take a smaller length, or a device with more memory"
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
 def test_what_is_missing_is_named(capfd):
     assert command_line.main(["--model", "here"]) == 1
     assert "arguments are required: --forget-file, --retain-file, --output (" in capfd.readouterr().err

@@ -231,6 +231,14 @@ def _silence() -> Iterator[None]:
         yield
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):  # followed by much about the card and PyTorch's settings
+        return f"{reason.partition('. GPU')[0]}: take a smaller length, or a device with more memory"
+    return reason
+
+
 def _is_torchs(error: Exception) -> bool:
     """Whether PyTorch raised it, as it does where a process is no longer connected to one that has ended."""
     return isinstance(error, RuntimeError) and not isinstance(
@@ -262,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with distributed.started(device):
                 report = fulfil(request, device)
     except EXPECTED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if number:
-            reason = f"process {number}: {reason}"
+        reason = f"process {number}: {_reason(error)}" if number else _reason(error)
         if number or (distributed.size() > 1 and _is_torchs(error)):
             _await_the_end()
         print(f"error: {reason}", file=sys.stderr)
