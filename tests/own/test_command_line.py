@@ -113,6 +113,7 @@ def test_options_may_stand_in_a_file(folder, tmp_path):
         ({"device": "tricorder"}, "argument --device: there is no device tricorder here: name another"),
         ({"model": "./nowhere"}, "there is no model './nowhere'"),
         ({"forget_file": "nowhere.jsonl"}, "there is no file nowhere.jsonl: give the path"),
+        ({"output": "/dev/null"}, "the output /dev/null exists and is never overwritten: name a new folder"),
         ({"output": "/dev/null/out"}, "nothing can be written at /dev/null/out"),
         ({"target_loss": float("nan")}, "target_loss must be a positive number"),
     ],
