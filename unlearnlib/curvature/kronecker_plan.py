@@ -1,9 +1,10 @@
 """What a build of Kronecker factors takes of a device's memory, from shapes alone, and groups that fit.
 
-The plan is the build itself, on tensors that have shapes and no numbers (PyTorch's fake tensors): whatever it would
-allocate, on any architecture, is counted and not guessed.
+The plan is the build itself, on tensors that have shapes and no numbers (PyTorch's fake tensors): whatever it
+would allocate, on any architecture, is counted and not guessed.
 """
 
+import bisect
 import copy
 import weakref
 from collections.abc import Collection
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
@@ -24,11 +25,11 @@ from unlearnlib.losses import batches
 
 aten = torch.ops.aten
 EIGH_WORKSPACE = 2
-"""Matrices of its size that a decomposition works in, beside the one that becomes the eigenvectors (LAPACK's syevd)."""
+"""Matrices of its size that a decomposition works in, beside that of the eigenvectors (LAPACK's syevd)."""
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Counts, within the block, the bytes of the tensors made there that are alive, and the most there were, ``peak``.
+    """Counts, within the block, the bytes of tensors made there that are alive, and the most there were: ``peak``.
 
     Of what an operation allocates for itself and frees again only a decomposition's workspace is known. Tensors
     without numbers are taken to be in order: where a program asks, ``all`` is true of them and ``any`` is not.
@@ -71,13 +72,11 @@ class AllocatedBytes(TorchDispatchMode):
 class Plan:
     """``groups`` of matrices, by the names of their parameters, to be built one after the other.
 
-    ``peak_bytes`` is the most that the build of one takes of the device's memory, beside the model, and
-    ``kept_bytes`` what is kept of all of them in the end, on the host if there are several.
+    ``peak_bytes`` is the most that the build of one takes of the device's memory, beside the model.
     """
 
     groups: list[list[tuple[str, ...]]]
     peak_bytes: int
-    kept_bytes: int
 
 
 def plan(
@@ -92,55 +91,60 @@ def plan(
     Of K-FAC from ``sequences`` [m, tokens], or if it is ``corrected`` of EK-FAC; of the matrices ``only``, by
     their parameters' names, where they are given. ``model`` may be an outline on the ``meta`` device, which is
     taken to be for a CPU. Without a budget there is one group. The plan holds for each of several processes: all
-    have a group's factors until they are added up. Raises MemoryError naming a matrix that alone is too much.
+    have a group's factors until they are added up. Raises MemoryError if one matrix alone is too much.
     """
-    batch = batches(model, sequences)[0]
+    few = sequences[: 2 * len(batches(model, sequences)[0])]  # what one batch leaves is there for the next
     with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = _outline(model)
         blocks = [block for block in find_blocks(fake) if only is None or block.names in only]
-        groups, room = [blocks] if blocks else [], None
-        while True:
-            uses = [_bytes_of_build(fake, batch, group, corrected, budget_bytes is None) for group in groups]
-            peak, kept = max((p for p, _ in uses), default=0), sum(k for _, k in uses)
-            if budget_bytes is None or peak <= budget_bytes:
-                return Plan([[block.names for block in group] for group in groups], peak, kept)
-            group = groups[[p for p, _ in uses].index(peak)]
-            if len(group) == 1:
-                raise MemoryError(
-                    f"the factors of {group[0].names[0]!r} alone take {peak:,} bytes while they are built, and the "
-                    f"budget is {budget_bytes:,}: give more, or take shorter sequences"
-                )
-            # What is not the factors' own does not shrink with the group: what it leaves is the room for factors.
-            most = max(sum(map(_factor_bytes, group)) for group in groups)
-            room = min(most - 1, most - (peak - budget_bytes))
-            groups = _fill(blocks, room)
+        total = sum(block.factor_bytes for block in blocks)
+
+        def planned(number: int) -> Plan:
+            """With room for so great a part of all factors in a group."""
+            groups = _fill(blocks, total // number) if number < len(blocks) else [[block] for block in blocks]
+            built = [_peak_bytes(fake, few, groups[i], corrected, budget_bytes is None) for i in _dear(groups)]
+            return Plan([[block.names for block in group] for group in groups], max(built, default=0))
+
+        one = planned(1)
+        if budget_bytes is None or one.peak_bytes <= budget_bytes:
+            return one
+        smallest = planned(len(blocks))
+        if smallest.peak_bytes > budget_bytes:
+            raise MemoryError(
+                f"a single matrix takes {smallest.peak_bytes:,} bytes while its factors are built, and the budget "
+                f"is {budget_bytes:,}: give more, or take shorter sequences"
+            )
+        numbers = range(2, len(blocks))
+        found = bisect.bisect_left(numbers, True, key=lambda n: planned(n).peak_bytes <= budget_bytes)
+        return planned(numbers[found]) if found < len(numbers) else smallest
+
+
+def _dear(groups: list[list[Block]]) -> set[int]:
+    """The groups that can take most: the first, whose pass keeps most, and those with most or largest factors."""
+    if not groups:
+        return set()
+    total = [sum(block.factor_bytes for block in group) for group in groups]
+    largest = [max(block.factor_bytes for block in group) for group in groups]
+    return {0, total.index(max(total)), largest.index(max(largest))}
 
 
 def _fill(blocks: list[Block], room: int) -> list[list[Block]]:
     """Neighbours together as long as their factors take no more than ``room`` bytes."""
     groups, left = [], 0
     for block in blocks:
-        if _factor_bytes(block) > left or not groups:
+        if block.factor_bytes > left or not groups:
             groups.append([])
             left = room
         groups[-1].append(block)
-        left -= _factor_bytes(block)
+        left -= block.factor_bytes
     return groups
 
 
-def _factor_bytes(block: Block) -> int:
-    """Bytes of a matrix's factors as if both were whole, for each of its uses."""
-    return len(block.layers) * sum(side**2 for side in block.eigenvalues.shape) * block.eigenvalues.element_size()
-
-
-def _bytes_of_build(
-    fake: PreTrainedModel, batch: Tensor, group: list[Block], corrected: bool, stays: bool
-) -> tuple[int, int]:
-    """The peak of a group's build, and what its blocks take afterwards, which unless it ``stays`` is elsewhere."""
+def _peak_bytes(fake: PreTrainedModel, sequences: Tensor, group: list[Block], corrected: bool, stays: bool) -> int:
+    """The peak of a group's build, whose blocks, unless they stay, are put elsewhere when they are built."""
     with AllocatedBytes() as memory:
-        away = build_group(fake, batch, group, 0, corrected, lambda block: block if stays else block.to("meta"))
-    parts = [x for block in away for x in (block.eigenvalues, block.left, block.right) if x is not None]
-    return memory.peak, sum(x.numel() * x.element_size() for x in parts)
+        build_group(fake, sequences, group, 0, corrected, lambda block: block if stays else block.to("meta"))
+    return memory.peak
 
 
 def _outline(model: PreTrainedModel) -> PreTrainedModel:

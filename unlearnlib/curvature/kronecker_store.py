@@ -1,4 +1,4 @@
-"""Kronecker factors in a folder: a file for each matrix, whole or not there, to be found again by a later request."""
+"""Kronecker factors in a folder: a file for each matrix, whole or not there, for a later request to find."""
 
 import hashlib
 import json
@@ -84,7 +84,7 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
 
 
 def settings_of(model: PreTrainedModel, sequences: Tensor, seed: int, corrected: bool) -> dict[str, Any]:
-    """What decides which Kronecker factors come out: the weights, the sequences, the drawn labels and the method."""
+    """What decides which factors come out: the weights, the sequences, the drawn labels and the method."""
     return {
         "method": "ekfac" if corrected else "kfac",
         "weights": hash_of(parameters(model)),
