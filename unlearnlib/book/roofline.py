@@ -17,7 +17,8 @@ from unlearnlib.losses import MOST_LOGITS
 class Stage:
     """Work of one ``kind``: ``flops``, bytes of ``traffic``, and how often a layer's forward pass ``starts``.
 
-    A layer's backward pass is as much work as two forward ones, and counts as two.
+    A layer's backward pass is as much work as two forward ones, and counts as two. Of the kinds "host" and "link"
+    there is traffic alone, with the memory of the host and with another process; a message there is one start.
     """
 
     kind: str
@@ -44,21 +45,35 @@ class Machine:
 
     A processor starts a layer and then works on it. A GPU is ``asynchronous``: Python starts the next layers while
     it works, so that a stage takes as long as the longer of the two.
+
+    Bytes a second also between the memories of device and ``host``, and over the ``link`` to another process, which
+    takes ``latency`` seconds to bring a message however short it is. Only routes that use them need them.
     """
 
     flops: dict[str, float]
     bandwidth: float
     start: float
     asynchronous: bool = False
+    host: float = 0.0
+    link: float = 0.0
+    latency: float = 0.0
 
     def seconds(self, route: Route) -> float:
-        """The time of all stages."""
-        total = 0.0
-        for stage in route.stages:
-            work = max(stage.flops / self.flops[stage.kind], stage.traffic / self.bandwidth)
-            starts = stage.starts * self.start
-            total += max(work, starts) if self.asynchronous else work + starts
-        return total
+        """The time of all stages. Raises ValueError naming what a stage needs and the machine does not have."""
+        return sum(map(self.stage_seconds, route.stages))
+
+    def stage_seconds(self, stage: Stage) -> float:
+        """The time of one stage. Raises ValueError as :meth:`seconds`."""
+        if stage.kind in ("host", "link"):
+            rate = getattr(self, stage.kind)
+            if not rate:
+                raise ValueError(
+                    f"the route needs a machine with a rate to the {stage.kind}: give it in bytes a second"
+                )
+            return stage.traffic / rate + stage.starts * self.latency * (stage.kind == "link")
+        work = max(stage.flops / self.flops[stage.kind], stage.traffic / self.bandwidth)
+        starts = stage.starts * self.start
+        return max(work, starts) if self.asynchronous else work + starts
 
 
 @dataclass(frozen=True)
