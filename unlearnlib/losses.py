@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
+
 MOST_SEQUENCES = 32
 """The most sequences that go through a model at a time."""
 MOST_LOGITS = 2**26
@@ -104,8 +106,10 @@ def sequence_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
 def batches(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, ...]:
     """The sequences [n, tokens] cut into parts that the model takes at a time, :data:`MOST_SEQUENCES` or fewer.
 
-    Fewer where those would have more than :data:`MOST_LOGITS`, but at least one.
+    Fewer where those would have more than :data:`MOST_LOGITS`, but at least one; of no sequences no part.
     """
+    if len(sequences) == 0:
+        return ()
     of_one = max(1, sequences.shape[1] - 1) * len(model.get_output_embeddings().weight)
     return sequences.split(max(1, min(MOST_SEQUENCES, MOST_LOGITS // of_one)))
 
@@ -113,9 +117,18 @@ def batches(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, ...]:
 def batched(
     measure: Callable[[PreTrainedModel, Tensor], Tensor], model: PreTrainedModel, sequences: Tensor
 ) -> Tensor:
-    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU."""
-    with torch.no_grad():
-        return torch.cat([measure(model, batch).cpu() for batch in batches(model, sequences)])
+    """Apply ``measure(model, batch)`` without gradients to all sequences; the results, joined, on the CPU.
+
+    Several processes take a share each, and all get everything.
+    """
+    number = len(sequences)
+    if number < distributed.size():  # not one for each
+        with distributed.alone():
+            return batched(measure, model, sequences)
+    with torch.no_grad(), distributed.together():
+        mine = batches(model, sequences[distributed.share(number)])
+        found = torch.cat([measure(model, batch).cpu() for batch in mine])
+    return distributed.joined(found, number)
 
 
 def mean_loss(model: PreTrainedModel, sequences: Tensor) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.losses import batches
 
 Vector = dict[str, Tensor]
@@ -94,21 +95,24 @@ def mean_gradient(
     """Gradient of the mean over ``sequences`` of ``loss(model, batch)``, which must return one value a sequence.
 
     Each value is multiplied by the sequence's factor where ``factors`` [n] are given. Batches are added up, so
-    memory does not grow with the number of sequences [n, tokens].
+    memory does not grow with the number of sequences [n, tokens]. Several processes take a share each.
     Raises FloatingPointError naming the sequence if a loss is not finite.
     """
-    live = parameters(model)
+    live, number = parameters(model), len(sequences)
     total = {name: torch.zeros_like(p) for name, p in live.items()}
-    start = 0
-    for batch in batches(model, sequences):
-        losses = loss(model, batch)
-        if not torch.isfinite(losses).all():
-            bad = start + int((~torch.isfinite(losses)).nonzero()[0])
-            raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
-        if factors is not None:
-            losses = losses * factors[start : start + len(batch)].to(losses)
-        gradients = torch.autograd.grad(losses.sum(), list(live.values()))
-        for name, gradient in zip(live, gradients, strict=True):
-            total[name] += gradient / len(sequences)
-        start += len(batch)
+    mine = distributed.share(number)
+    start = mine.start
+    with distributed.together():
+        for batch in batches(model, sequences[mine]):
+            losses = loss(model, batch)
+            if not torch.isfinite(losses).all():
+                bad = start + int((~torch.isfinite(losses)).nonzero()[0])
+                raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
+            if factors is not None:
+                losses = losses * factors[start : start + len(batch)].to(losses)
+            gradients = torch.autograd.grad(losses.sum(), list(live.values()))
+            for name, gradient in zip(live, gradients, strict=True):
+                total[name] += gradient / number
+            start += len(batch)
+    distributed.sum_over(total.values())
     return total

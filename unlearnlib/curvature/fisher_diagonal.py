@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.curvature.per_sequence_gradients import SequenceLoss, each_gradient, gradient_batches
 from unlearnlib.curvature.protocol import check_damping, take
 from unlearnlib.losses import sequence_losses
@@ -14,7 +15,7 @@ class FisherDiagonal:
     """The diagonal of F: d numbers, added up batch by batch and layer by layer, without ever holding G.
 
     Sequences and ``loss`` as for :func:`unlearnlib.curvature.per_sequence_gradients.sequence_gradients`, which
-    also says what is raised.
+    also says what is raised. Several processes take a share of the sequences each.
     """
 
     def __init__(
@@ -31,10 +32,13 @@ class FisherDiagonal:
             for g in gradients:
                 self.diagonal[name].addcmul_(g, g, value=1 / len(chosen))
 
-        start = 0
-        for batch in gradient_batches(model, chosen):
-            each_gradient(model, batch, loss, receive, start)
-            start += len(batch)
+        mine = distributed.share(len(chosen))
+        start = mine.start
+        with distributed.together():
+            for batch in gradient_batches(model, chosen[mine]):
+                each_gradient(model, batch, loss, receive, start)
+                start += len(batch)
+        distributed.sum_over(self.diagonal.values())
 
     def matvec(self, v: Vector) -> Vector:
         """diag(F) v."""

@@ -7,6 +7,7 @@ Columns of G are in the order of :func:`unlearnlib.weights.flatten`.
 import torch
 from torch import Tensor
 
+from unlearnlib import distributed
 from unlearnlib.curvature.protocol import check_damping
 from unlearnlib.weights import Vector, flatten, unflatten
 
@@ -19,17 +20,20 @@ class FisherDual:
         (F + λI)^p v = λ^p v + Gᵀ U diag(((s/m + λ)^p − λ^p)/s) Uᵀ G v.
 
     ``gradients`` is G [m, d], which is kept and not copied. ``eigenvalues`` of F [m], ascending; all others are 0.
+    Several processes divide the columns among them, and add up what products over columns give.
     """
 
     def __init__(self, gradients: Tensor) -> None:
-        self.gradients = gradients
-        s, self.vectors = torch.linalg.eigh(gram(gradients), UPLO="L")
-        self.eigenvalues = s.clamp(min=0) / len(gradients)
+        self.columns = distributed.shares(gradients.shape[1])
+        self.gradients = distributed.rows_to_columns(gradients, self.columns)
+        inner = gram(self.gradients)
+        distributed.sum_over([inner])
+        s, self.vectors = torch.linalg.eigh(inner, UPLO="L")
+        self.eigenvalues = s.clamp(min=0) / len(inner)
 
     def matvec(self, v: Vector) -> Vector:
         """F v."""
-        row = flatten(v)
-        return unflatten((self.gradients @ row) @ self.gradients / len(self.gradients), v)
+        return unflatten(self._combination(self._products(flatten(v))), v)
 
     def solve(self, v: Vector, damping: float) -> Vector:
         """(F + λI)⁻¹ v."""
@@ -39,9 +43,18 @@ class FisherDual:
         """(F + λI)^p v."""
         check_damping(damping)
         row, gain = flatten(v), power_gain(self.eigenvalues, exponent, damping)
-        mixture = self.vectors @ (gain * (self.vectors.mT @ (self.gradients @ row).to(gain.dtype)))
-        change = mixture.to(row.dtype) @ self.gradients / len(self.gradients)
-        return unflatten(damping**exponent * (row + change), v)
+        mixture = self.vectors @ (gain * (self.vectors.mT @ self._products(row).to(gain.dtype)))
+        return unflatten(damping**exponent * (row + self._combination(mixture.to(row.dtype))), v)
+
+    def _products(self, row: Tensor) -> Tensor:
+        """G v, [m]."""
+        products = self.gradients @ row[self.columns[distributed.rank()]]
+        distributed.sum_over([products])
+        return products
+
+    def _combination(self, weights: Tensor) -> Tensor:
+        """Gᵀw/m, [d]."""
+        return distributed.joined(weights @ self.gradients / len(self.gradients), self.columns[-1].stop)
 
 
 def power_gain(eigenvalues: Tensor, exponent: float, damping: float) -> Tensor:

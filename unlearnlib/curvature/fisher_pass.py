@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.kronecker_blocks import Block
 from unlearnlib.losses import batches, logits
@@ -24,6 +25,8 @@ def receive_terms(
     receive: Callable[[Block, Layer, Tensor, Tensor], None],
 ) -> None:
     """Forward and backward over the sequences [m, tokens], in batches, with labels drawn from the model.
+
+    Of several processes each does it for its share of the sequences.
 
     ``receive`` gets both sides of each layer's terms, [n, terms, rows] and [n, terms, columns]. The left side of
     an embedding is one-hot, and given by its row numbers, int64 [n, terms]. That of a head is p − e_y, and of it
@@ -40,7 +43,7 @@ def receive_terms(
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
         check_finite(gradient, start, f"the gradients at {layer.name!r}")
         block = block_of[layer.name]
-        left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues))
+        left, right = sides(block, layer, inputs, gradient.to(block.eigenvalues.dtype))
         if layer.module is head:
             if not torch.equal(gradient[0], delta[0]):
                 raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
@@ -49,9 +52,10 @@ def receive_terms(
 
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
     uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
-    start = 0
-    with capture(model, layers, hand_on):
-        for batch in batches(model, sequences):
+    mine = distributed.share(len(sequences))
+    start = mine.start
+    with distributed.together(), capture(model, layers, hand_on):
+        for batch in batches(model, sequences[mine]):
             z = logits(model, batch)
             check_finite(z, start, "the predictions")
             p = z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))

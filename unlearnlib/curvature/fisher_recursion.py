@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from unlearnlib import distributed
 from unlearnlib.curvature.protocol import check_damping
 from unlearnlib.weights import Vector, flatten, unflatten
 
@@ -20,7 +21,8 @@ class FisherRecursion:
     last of which may be smaller; ``block_size >= d`` keeps all of F. The recursion starts from I/λ, so each λ
     runs it afresh, in O(m d block_size) time; the inverse of the last λ is kept, d · block_size numbers. One
     gradient a step is WoodFisher's; several give the same inverse, several times as fast (:func:`woodbury`).
-    Smaller blocks than a step has gradients take one at a time, which is faster for them.
+    Smaller blocks than a step has gradients take one at a time, which is faster for them. Several processes divide
+    the blocks among them.
 
     Raises ValueError for a block of less than one weight, or a step of less than one gradient.
     """
@@ -30,10 +32,14 @@ class FisherRecursion:
             raise ValueError(f"the block size must be at least 1, not {block_size}")
         if at_once < 1:
             raise ValueError(f"a step must take at least 1 gradient, not {at_once}")
-        m, self.d = gradients.shape
+        self.d = gradients.shape[1]
         size = min(block_size, self.d)
         # Zeros after the last weight: they couple to nothing, so a last block that is shorter stays exact.
-        self.blocks = torch.nn.functional.pad(gradients, (0, -self.d % size)).view(m, -1, size).transpose(0, 1)
+        padded = torch.nn.functional.pad(gradients, (0, -self.d % size))
+        self.number = padded.shape[1] // size
+        columns = [slice(some.start * size, some.stop * size) for some in distributed.shares(self.number)]
+        padded = distributed.rows_to_columns(padded, columns)
+        self.blocks = padded.view(len(padded), -1, size).transpose(0, 1)
         self.at_once = at_once
         self._inverse: tuple[float, Tensor] | None = None
 
@@ -53,7 +59,7 @@ class FisherRecursion:
         return self._apply(lambda rows: u @ (powers[..., None] * (u.mT @ rows)), v)
 
     def inverse(self, damping: float) -> Tensor:
-        """The blocks of (F + λI)⁻¹, shape [blocks, size, size]."""
+        """The blocks of (F + λI)⁻¹ that are this process's, shape [blocks, size, size]."""
         check_damping(damping)
         if self._inverse is None or self._inverse[0] != damping:
             number, _, size = self.blocks.shape
@@ -68,7 +74,8 @@ class FisherRecursion:
 
     def _apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
         row = torch.nn.functional.pad(flatten(v), (0, -self.d % self.blocks.shape[2]))
-        return unflatten(function(row.view(len(self.blocks), -1, 1)).reshape(-1)[: self.d], v)
+        mine = row.view(self.number, -1, 1)[distributed.share(self.number)]
+        return unflatten(distributed.joined(function(mine), self.number).reshape(-1)[: self.d], v)
 
 
 def blocks_at_once(size: int, device: torch.device | str) -> int:

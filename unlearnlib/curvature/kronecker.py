@@ -15,14 +15,16 @@ uncorrelated: not only independent at each position, but all positions alike (Gr
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.capture import Layer
+from unlearnlib import distributed
+from unlearnlib.curvature.capture import Layer, find_layers
 from unlearnlib.curvature.fisher_pass import receive_terms
-from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
+from unlearnlib.curvature.kronecker_blocks import Block, find_blocks, whole_sides
 from unlearnlib.curvature.protocol import check_damping, in_full_precision, take
 from unlearnlib.weights import Vector
 
@@ -36,7 +38,11 @@ covariance of any two words. Of a table's, which is one-hot on the left, nothing
 
 @dataclass(frozen=True)
 class Kronecker:
-    """A curvature (:class:`unlearnlib.curvature.protocol.Curvature`) of one :class:`Block` a matrix of weights."""
+    """A curvature (:class:`unlearnlib.curvature.protocol.Curvature`) of one :class:`Block` a matrix of weights.
+
+    Blocks may be kept where there is more room than on the device of the vectors, to which each is brought in its
+    turn. Of several processes each applies its own blocks, and tells the others what it got.
+    """
 
     blocks: list[Block]
 
@@ -57,7 +63,13 @@ class Kronecker:
     def _apply(self, function: Callable[[Tensor], Tensor], v: Vector) -> Vector:
         parts: Vector = {}
         for block in self.blocks:
-            parts |= block.apply(function, v)
+            if block.mine:
+                parts |= block.to(v[block.names[0]].device).apply(function, v)
+        for block in self.blocks:
+            for name in block.names:
+                part = parts[name].contiguous() if block.mine else torch.empty_like(v[name])
+                distributed.copy_from(part, block.owner)
+                parts[name] = part
         return {name: parts[name] for name in v}
 
 
@@ -83,43 +95,71 @@ def diagonal_fisher(
     return second_moments(model, sequences, Kronecker(find_blocks(model)), number, seed)
 
 
-def layer_factors(model: PreTrainedModel, sequences: Tensor, number: int | None = None, seed: int = 0) -> Factors:
-    """The Kronecker factors of every layer. Raises as :func:`kfac`."""
-    head, sums = model.get_output_embeddings(), {}
+def layer_factors(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    number: int | None = None,
+    seed: int = 0,
+    blocks: list[Block] | None = None,
+) -> Factors:
+    """The Kronecker factors of every layer, or of the layers of ``blocks`` only.
+
+    Several processes take a share of the sequences each, and get the factors of their own blocks, and of the
+    others' the shapes (on the ``meta`` device). Raises as :func:`kfac`.
+    """
+    blocks = find_blocks(model) if blocks is None else blocks
+    layers, head = {layer.name: layer for layer in find_layers(model)}, model.get_output_embeddings()
+    sums = {}
+    for block in blocks:
+        zeros = partial(torch.zeros, dtype=block.eigenvalues.dtype, device=model.device)
+        for name in block.layers:
+            whole = whole_sides(layers[name], head)
+            sums[name] = [
+                zeros(side, side) if full else zeros(side)
+                for side, full in zip(block.eigenvalues.shape, whole, strict=True)
+            ]
 
     def receive(block: Block, layer: Layer, left: Tensor, right: Tensor) -> None:
+        l, r = sums[layer.name]
         if layer.module is head:
-            l = left.sum(dim=(0, 1))
+            l += left.sum(dim=(0, 1))
         elif layer.kind == "embedding":
-            l = torch.bincount(left.flatten(), minlength=len(block.eigenvalues)).to(right)
+            l.index_add_(0, left.flatten(), right.new_ones(left.numel()))
         else:
-            l = moment(left, full=layer.kind == "linear")
-        new = (l, moment(right, full=layer.kind != "norm"))
-        sums[layer.name] = [a + b for a, b in zip(sums.get(layer.name, (0, 0)), new, strict=True)]
+            add_moment(l, left)
+        add_moment(r, right)
 
     chosen = take(sequences, number)
-    blocks = find_blocks(model)
     receive_terms(model, chosen, blocks, seed, receive)
     tokens = chosen[:, 1:].numel()
-    rows = {name for block in blocks if block.form == "row" for name in block.layers}
-    # Means over tokens; but of a norm there is one term a sequence, and its left side is 1.
-    return {name: (l / (len(chosen) if name in rows else tokens), r / tokens) for name, (l, r) in sums.items()}
+    factors = {}
+    for block in blocks:
+        # Means over tokens; but of a norm there is one term a sequence, and its left side is 1.
+        terms = len(chosen) if block.form == "row" else tokens
+        for name in block.layers:
+            l, r = sums.pop(name)
+            for side in (l, r):
+                distributed.sum_to(side, block.owner)
+            l, r = (l.div_(terms), r.div_(tokens)) if block.mine else (l.to("meta"), r.to("meta"))
+            factors[name] = l, r
+    return factors
 
 
-def from_factors(model: PreTrainedModel, factors: Factors) -> Kronecker:
+def from_factors(model: PreTrainedModel, factors: Factors, blocks: list[Block] | None = None) -> Kronecker:
     """K-FAC's bases and eigenvalues, from decompositions of all factors in float64.
 
     A tied matrix has Σ L ⊗ R over its uses. The basis of either side is that of the sum of its factors, each
     weighted by the trace of its partner, and the eigenvalues are the diagonal of Σ L ⊗ R in the two bases.
+    Of ``blocks`` only, where they are given.
     """
-    blocks = []
-    for block in find_blocks(model):
+    built = []
+    for block in find_blocks(model) if blocks is None else blocks:
         uses = [factors[name] for name in block.layers]
         left = _eigenbasis([l for l, _ in uses], [_trace(r) for _, r in uses])
         right = _eigenbasis([r for _, r in uses], [_trace(l) for l, _ in uses])
         eigenvalues = sum(torch.outer(_diagonal_in(left, l), _diagonal_in(right, r)) for l, r in uses)
-        blocks.append(replace(block, eigenvalues=eigenvalues, left=left, right=right))
-    return Kronecker(blocks)
+        built.append(replace(block, eigenvalues=eigenvalues, left=left, right=right))
+    return Kronecker(built)
 
 
 def second_moments(
@@ -132,7 +172,8 @@ def second_moments(
     so there it is not quite the closest, and K-FAC can be closer. Raises as :func:`kfac`.
     """
     head = model.get_output_embeddings()
-    sums = {block.names: torch.zeros_like(block.eigenvalues) for block in basis.blocks}
+    blocks = [_everywhere(block, model.device) for block in basis.blocks]
+    sums = {b.names: torch.zeros_like(b.eigenvalues, device=model.device) for b in blocks}
 
     def receive(block: Block, layer: Layer, left: Tensor, right: Tensor) -> None:
         total = sums[block.names]
@@ -141,10 +182,13 @@ def second_moments(
             total += left.flatten(0, 1).T @ right.flatten(0, 1).square()
         elif layer.kind == "embedding":  # add up what a sequence says of the same row, and square only then
             sequence = torch.arange(len(left), device=left.device)[:, None]
-            cells, cell = torch.unique(sequence * len(total) + left, return_inverse=True)
-            gradients = right.new_zeros(len(cells), right.shape[2])
-            gradients.index_add_(0, cell.flatten(), right.flatten(0, 1))
-            total.index_add_(0, cells % len(total), gradients.square())
+            cells, order = (sequence * len(total) + left).flatten().sort(stable=True)
+            cell = (cells[1:] != cells[:-1]).cumsum(0)  # neighbours that are the same have the same number
+            cell = torch.nn.functional.pad(cell, (1, 0))
+            gradients = torch.zeros_like(right).flatten(0, 1)
+            gradients.index_add_(0, cell, right.flatten(0, 1)[order])
+            rows = torch.zeros_like(cells).index_copy_(0, cell, cells % len(total))
+            total.index_add_(0, rows, gradients.square_())
         else:
             left = left if block.left is None else left @ block.left
             for l, r in zip(left, right, strict=True):
@@ -152,15 +196,34 @@ def second_moments(
                 total.addcmul_(gradient, gradient)
 
     chosen = take(sequences, number)
-    receive_terms(model, chosen, basis.blocks, seed, receive)
-    tokens = chosen[:, 1:].numel()
-    return Kronecker([replace(block, eigenvalues=sums[block.names] / tokens) for block in basis.blocks])
+    receive_terms(model, chosen, blocks, seed, receive)
+    tokens, found = chosen[:, 1:].numel(), []
+    for block in basis.blocks:
+        total = sums.pop(block.names)
+        distributed.sum_to(total, block.owner)
+        found.append(replace(block, eigenvalues=total.div_(tokens)) if block.mine else block)
+    return Kronecker(found)
 
 
-def moment(side: Tensor, full: bool) -> Tensor:
-    """Σ x xᵀ over all terms x of one side [n, terms, size], or where it is not ``full`` its diagonal [size]."""
+def add_moment(total: Tensor, side: Tensor) -> None:
+    """Add Σ x xᵀ over all terms x of one side [n, terms, size] to ``total``, or if that is a row its diagonal."""
     side = side.flatten(0, 1)
-    return side.T @ side if full else side.square().sum(dim=0)
+    if total.ndim == 2:
+        total.addmm_(side.T, side)
+    else:
+        total += side.square().sum(dim=0)
+
+
+def _everywhere(block: Block, device: torch.device) -> Block:
+    """The block with its owner's bases on ``device``, in every process."""
+
+    def copy(side: Tensor | None) -> Tensor | None:
+        if side is not None:
+            side = side.to(device) if block.mine else torch.empty_like(side, device=device)
+            distributed.copy_from(side, block.owner)
+        return side
+
+    return replace(block, left=copy(block.left), right=copy(block.right))
 
 
 def _eigenbasis(moments: list[Tensor], weights: list[Tensor]) -> Tensor | None:

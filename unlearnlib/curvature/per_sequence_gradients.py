@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.protocol import take
 from unlearnlib.losses import batches, log_probabilities, sequence_losses
@@ -102,6 +103,8 @@ def gradient_batches(model: PreTrainedModel, sequences: Tensor, whole: bool = Fa
     Counted are ``whole`` gradients, or of a parameter at a time those of its two uses. A batch has at least one
     sequence, and no more than one of :func:`unlearnlib.losses.batches`.
     """
+    if len(sequences) == 0:
+        return ()
     sizes = [p.numel() * p.element_size() for p in parameters(model).values()]
     number = GRADIENT_BYTES // (sum(sizes) if whole else 2 * max(sizes))
     return sequences.split(max(1, min(number, len(batches(model, sequences)[0]))))
@@ -112,22 +115,25 @@ def sequence_gradients(
 ) -> Tensor:
     """G: the gradient of each of the first ``number`` sequences [n, tokens], or of all, a row each, [m, d].
 
+    Of several processes each gets the rows of its own share of the sequences; what is made of G puts them together.
     Raises ValueError if there are fewer than ``number`` sequences, and as
     :func:`each_gradient`: among others FloatingPointError naming the sequence whose
     gradient is not finite.
     """
     chosen = take(sequences, number)
+    mine = distributed.share(len(chosen))
     sizes = {name: p.numel() for name, p in parameters(model).items()}
-    rows = next(model.parameters()).new_empty(len(chosen), sum(sizes.values()))
+    rows = next(model.parameters()).new_empty(mine.stop - mine.start, sum(sizes.values()))
     columns = dict(zip(sizes, rows.split(list(sizes.values()), dim=1), strict=True))
 
     def receive(name: str, gradients: Tensor) -> None:
         columns[name][start : start + len(gradients)] = gradients.flatten(start_dim=1)
 
     start = 0
-    for batch in gradient_batches(model, chosen):
-        each_gradient(model, batch, loss, receive, start)
-        start += len(batch)
+    with distributed.together():
+        for batch in gradient_batches(model, chosen[mine]):
+            each_gradient(model, batch, loss, receive, mine.start + start)
+            start += len(batch)
     return rows
 
 
