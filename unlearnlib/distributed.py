@@ -1,10 +1,12 @@
 """Several processes that share the work, over :mod:`torch.distributed`; one alone is the case of ``size() == 1``.
 
-All run the same program. A pass over sequences takes each process's :func:`share` of them, and what they have found
-meets in a collective operation: then all know the same. Where there is one process, none of this does anything.
+All run the same program. A pass over sequences takes each process's :func:`share` of them, and what they have
+found meets in a collective operation: then all know the same. Where there is one process, none of this does
+anything.
 """
 
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,7 +67,7 @@ def shares(number: int) -> list[slice]:
     """Which of ``number`` things are whose: neighbours, as many for each process as for any other, or one more."""
     each, more = divmod(number, size())
     ends = [i * each + min(i, more) for i in range(size() + 1)]
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def share(number: int) -> slice:

@@ -15,16 +15,15 @@ uncorrelated: not only independent at each position, but all positions alike (Gr
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
-from unlearnlib.curvature.capture import Layer, find_layers
+from unlearnlib.curvature.capture import Layer
 from unlearnlib.curvature.fisher_pass import receive_terms
-from unlearnlib.curvature.kronecker_blocks import Block, find_blocks, whole_sides
+from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
 from unlearnlib.curvature.protocol import check_damping, in_full_precision, take
 from unlearnlib.weights import Vector
 
@@ -108,16 +107,12 @@ def layer_factors(
     others' the shapes (on the ``meta`` device). Raises as :func:`kfac`.
     """
     blocks = find_blocks(model) if blocks is None else blocks
-    layers, head = {layer.name: layer for layer in find_layers(model)}, model.get_output_embeddings()
-    sums = {}
+    head, sums = model.get_output_embeddings(), {}
     for block in blocks:
-        zeros = partial(torch.zeros, dtype=block.eigenvalues.dtype, device=model.device)
+        sides = zip(block.eigenvalues.shape, block.whole, strict=True)
+        shapes = [(side, side) if whole else (side,) for side, whole in sides]
         for name in block.layers:
-            whole = whole_sides(layers[name], head)
-            sums[name] = [
-                zeros(side, side) if full else zeros(side)
-                for side, full in zip(block.eigenvalues.shape, whole, strict=True)
-            ]
+            sums[name] = [torch.zeros(s, dtype=block.eigenvalues.dtype, device=model.device) for s in shapes]
 
     def receive(block: Block, layer: Layer, left: Tensor, right: Tensor) -> None:
         l, r = sums[layer.name]
@@ -203,6 +198,29 @@ def second_moments(
         distributed.sum_to(total, block.owner)
         found.append(replace(block, eigenvalues=total.div_(tokens)) if block.mine else block)
     return Kronecker(found)
+
+
+def build_group(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    group: list[Block],
+    seed: int,
+    corrected: bool,
+    keep: Callable[[Block], Block],
+) -> list[Block]:
+    """K-FAC's blocks of one group of matrices, or EK-FAC's if ``corrected``; ``keep`` puts each where it stays.
+
+    The factors of the group are all in memory at once; of what is built from them, K-FAC's one block at a time.
+    ``group`` are some of :func:`find_blocks`. Raises as :func:`kfac`.
+    """
+    factors, built = layer_factors(model, sequences, seed=seed, blocks=group), []
+    for block in group:
+        [found] = from_factors(model, {name: factors.pop(name) for name in block.layers}, [block]).blocks
+        built.append(found if corrected else keep(found))
+        del found
+    if not corrected:
+        return built
+    return [keep(block) for block in second_moments(model, sequences, Kronecker(built), seed=seed).blocks]
 
 
 def add_moment(total: Tensor, side: Tensor) -> None:

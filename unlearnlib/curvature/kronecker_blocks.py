@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
@@ -18,7 +18,7 @@ class Block:
 
     ``names`` are the parameters that it joins and ``layers`` those that use it, two if it is tied. A linear layer
     is [out, in] (``form`` "plain", or "transposed" if it is stored the other way), with its bias as one more
-    column; a table or a head is [vocabulary, width]; weights and biases of a norm are a single "row".
+    column; a "table" or a head is [vocabulary, width]; weights and biases of a norm are a single "row".
     ``left`` [rows, rows] and ``right`` [columns, columns] have basis vectors as columns, None is the identity.
     Of several processes the ``owner`` has all this, the others the shape of the eigenvalues only.
     """
@@ -32,12 +32,26 @@ class Block:
     owner: int = 0
 
     @property
+    def whole(self) -> tuple[bool, bool]:
+        """Whether left and right factor are whole matrices, or of what would be too much their diagonals."""
+        return self.form in ("plain", "transposed"), self.form != "row"
+
+    @property
+    def factor_bytes(self) -> int:
+        """What the factors of all its uses take."""
+        sides = zip(self.eigenvalues.shape, self.whole, strict=True)
+        numbers = len(self.layers) * sum(side**2 if whole else side for side, whole in sides)
+        return numbers * self.eigenvalues.element_size()
+
+    @property
     def mine(self) -> bool:
         """Whether this process owns the block."""
         return self.owner == distributed.rank()
 
     def to(self, device: torch.device | str) -> "Block":
-        """The block with what it has on another device."""
+        """The block with what it has on another device; shapes alone stay as they are."""
+        if self.eigenvalues.is_meta:
+            return self
         left, right = (side if side is None else side.to(device) for side in (self.left, self.right))
         return replace(self, eigenvalues=self.eigenvalues.to(device), left=left, right=right)
 
@@ -80,39 +94,31 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     for layer in find_layers(model):
         users.setdefault(layer.weight or layer.bias, []).append(layer)
     shapes = {name: torch.empty_like(p, device="meta") for name, p in parameters(model).items()}
-    blocks, sizes, head = [], [], model.get_output_embeddings()
+    blocks, head = [], model.get_output_embeddings()
     for layers in users.values():
-        names = [layers[0].weight, *(layer.bias for layer in layers)]
-        form = "row" if layers[0].kind == "norm" else "transposed" if layers[0].transposed else "plain"
+        names, first = [layers[0].weight, *(layer.bias for layer in layers)], layers[0]
+        form = "row" if first.kind == "norm" else "transposed" if first.transposed else "plain"
+        if first.kind == "embedding" or first.module is head:
+            form = "table"
         block = Block(tuple(filter(None, names)), tuple(layer.name for layer in layers), form, torch.empty(0))
         weights = block.matrix(shapes)
         precise = torch.promote_types(weights.dtype, torch.float32)
         blocks.append(replace(block, eigenvalues=torch.empty_like(weights, dtype=precise)))
-        sides = zip(weights.shape, whole_sides(layers[0], head), strict=True)
-        sizes.append(weights.numel() + sum(side**2 for side, whole in sides if whole))
     used = [name for block in blocks for name in block.names]
     if len(used) > len(shapes):
         twice = next(name for name in used if used.count(name) > 1)
         raise NotImplementedError(f"{twice!r} belongs to several matrices: freeze it with requires_grad_(False)")
-    owners = assign_owners(sizes, distributed.size())
+    owners = assign_owners([block.factor_bytes + block.eigenvalues.nbytes for block in blocks], distributed.size())
     return [replace(block, owner=owner) for block, owner in zip(blocks, owners, strict=True)]
 
 
 def assign_owners(sizes: list[int], number: int) -> list[int]:
     """Which of ``number`` processes gets each thing, so that the most that one gets is little.
 
-    The largest first, always to whoever has least: at most 4/3 − 1/(3 · number) of the best possible (Graham 1969).
+    The largest first, always to whoever has least: no more than 4/3 of the least possible (Graham 1969).
     """
     held, owners = [0] * number, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[i] = held.index(min(held))
         held[owners[i]] += sizes[i]
     return owners
-
-
-def whole_sides(layer: Layer, head: nn.Module) -> tuple[bool, bool]:
-    """Whether a layer's left and right factors are whole matrices, or of what would be too much their diagonals.
-
-    ``head`` is the output layer: its left side has the size of the vocabulary, as a table's has.
-    """
-    return layer.kind == "linear" and layer.module is not head, layer.kind != "norm"

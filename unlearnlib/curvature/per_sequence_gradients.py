@@ -115,10 +115,9 @@ def sequence_gradients(
 ) -> Tensor:
     """G: the gradient of each of the first ``number`` sequences [n, tokens], or of all, a row each, [m, d].
 
-    Of several processes each gets the rows of its own share of the sequences; what is made of G puts them together.
-    Raises ValueError if there are fewer than ``number`` sequences, and as
-    :func:`each_gradient`: among others FloatingPointError naming the sequence whose
-    gradient is not finite.
+    Of several processes each gets the rows of its share of the sequences; what is made of G puts them together.
+    Raises ValueError if there are fewer than ``number`` sequences, and as :func:`each_gradient`: among others
+    FloatingPointError naming the sequence whose gradient is not finite.
     """
     chosen = take(sequences, number)
     mine = distributed.share(len(chosen))
