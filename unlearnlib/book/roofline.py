@@ -268,7 +268,7 @@ def routes(
     layer_bytes = max(kept(12, 3, batch=few) + few * shape.head * number, 2 * few * shape.head * number)
     calls = 16 * shape.layers + 4  # parameters, each of which is exchanged by itself
 
-    owners = assign_owners([x.size + x.bases for x in matrices], processes)
+    owners = assign_owners([x.factors + x.size for x in matrices], processes)
     owner_of = {id(matrix): owner for matrix, owner in zip(matrices, owners, strict=True)}
 
     def most(group: list[Matrix], size: Callable[[Matrix], float]) -> float:
@@ -284,11 +284,20 @@ def routes(
     def build(corrected: bool) -> Route:
         """K-FAC, or if ``corrected`` EK-FAC."""
 
+        def bytes_of(groups: list[list[Matrix]]) -> float:
+            """The peak of building them one after the other, each with all of its matrices in memory."""
+            work = max(pass_bytes + corrected * 4 * max(x.size for x in matrices), eigen_bytes)
+            return work + max(sum(map(held_bytes, group)) for group in groups)
+
         def held_bytes(x: Matrix) -> float:
             """Its factors; or of EK-FAC the bases, with K-FAC's eigenvalues and the sums that replace them."""
             return 4 * (max(x.factors, x.bases + 2 * x.size) if corrected else x.factors)
 
-        stages, groups = [], neighbours(matrices, held_bytes, room - max(pass_bytes, eigen_bytes))
+        stages, total = [], sum(x.factors for x in matrices)
+        for number_of in range(1, len(matrices) + 1):  # as unlearnlib.curvature.kronecker_plan fills groups
+            groups = neighbours(matrices, lambda x: x.factors, total / number_of)
+            if bytes_of(groups) <= room:
+                break
         for group in groups:
             early = group[0].layer / shape.layers * (shape.forward - 2 * t * shape.head) / shape.forward
             factors, bases, sizes = (sum(getattr(x, of) for x in group) for of in ("factors", "bases", "size"))
@@ -301,14 +310,11 @@ def routes(
                 stages += exchange("broadcast", 4 * bases, processes, 2 * len(group))
                 stages += [*passes(2 - early), products, float32(2 * mine * t * sizes, 2 * mine * sizes * 4)]
                 stages += exchange("reduce", 4 * sizes, processes, len(group))
-        if room < math.inf:
-            largest = max(sum(map(held_bytes, group)) for group in groups)
-            stages.append(Stage("host", 0, own_bytes))
-            total = 4 * sum(x.bases + x.size for x in matrices)
-            return Route(stages, max(pass_bytes, eigen_bytes) + largest, host_bytes=total, groups=len(groups))
-        in_pass = pass_bytes + sum(map(held_bytes, matrices))
-        factors_bytes = 4 * most(matrices, lambda x: x.factors)
-        return Route(stages, max(in_pass, factors_bytes + own_bytes + eigen_bytes))
+        if room == math.inf:  # and all factors are there until all are decomposed
+            factors_bytes = 4 * most(matrices, lambda x: x.factors)
+            return Route(stages, max(bytes_of(groups), factors_bytes + own_bytes + eigen_bytes))
+        kept_bytes = 4 * sum(x.bases + x.size for x in matrices)
+        return Route([*stages, Stage("host", 0, own_bytes)], bytes_of(groups), 0, kept_bytes, len(groups))
 
     own_bytes = 4 * most(matrices, lambda x: x.bases + x.size)
     rotations = 4 * most(matrices, lambda x: x.size * (x.left + x.columns))
