@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib import cost
@@ -36,7 +36,8 @@ def case():
 
 def executed(function):
     """Operations of the matrix products that ``function`` executes, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    in_place = {torch.ops.aten.addmm_: addmm_flop}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
