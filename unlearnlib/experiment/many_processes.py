@@ -1,26 +1,31 @@
 """One second-order update made by several processes on this machine, and what each of them spends on it."""
 
 import signal
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import PreTrainedModel
 
 from unlearnlib import distributed
-from unlearnlib.curvature import FisherDual, Kronecker, sequence_gradients
+from unlearnlib.curvature import FisherDual, sequence_gradients
 from unlearnlib.curvature.kronecker import from_factors, layer_factors, second_moments
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods.first_order import ascent_direction
 from unlearnlib.models.loading import load_model
-from unlearnlib.weights import Vector, flatten
+from unlearnlib.weights import flatten
 
 Result = TypeVar("Result")
+
+LONG = 2**20
+"""Numbers in the long message by which a link is measured."""
 
 
 def in_processes(number: int, function: Callable[..., Result], *arguments: object) -> list[Result]:
@@ -60,24 +65,42 @@ class Phase:
     ``communicated`` are the bytes that it handed to collective operations, by the operation's name.
     """
 
-    seconds: float = 0.0
-    processor_seconds: float = 0.0
-    communicated: Counter[str] = field(default_factory=Counter)
+    seconds: float
+    processor_seconds: float
+    communicated: Counter[str]
+
+
+@dataclass
+class Matrix:
+    """A matrix of weights, by its parameters' ``names``, and the sides of its bases, 0 where there is none."""
+
+    names: tuple[str, ...]
+    owner: int
+    left: int
+    right: int
 
 
 @dataclass
 class Share:
-    """What one process did for an update: its ``phases``, by name, and what of the curvature it keeps.
+    """What one process did for an update: its ``phases``, by name, and what of the curvature is whose.
 
-    ``owners`` has for each matrix of weights, by its parameters' names, who owns it. ``kept_bytes`` are those of
-    the K-FAC blocks that are its own. ``steps`` are the solutions [d] by method, which all processes know.
+    ``kept_bytes`` are those of the K-FAC blocks that are its own. ``steps`` are the solutions, NumPy's [d], by
+    method, and ``loss`` the mean loss of the sequences that are forgotten: all processes know both.
     """
 
     phases: dict[str, Phase]
-    owners: dict[tuple[str, ...], int]
+    matrices: list[Matrix]
     kept_bytes: int
     steps: dict[str, Any]
     loss: float
+
+
+@dataclass
+class Link:
+    """To the next process: seconds of ``latency`` that a message takes, however short, and ``bytes_a_second``."""
+
+    latency: float
+    bytes_a_second: float
 
 
 def shared_updates(
@@ -87,66 +110,85 @@ def shared_updates(
     damping: float,
     device: str,
     dtype: torch.dtype = torch.float32,
-) -> list[Share]:
-    """This process's share of updates of models with random weights, one after the other, with one thread.
+) -> tuple[list[Share], Link | None]:
+    """Return this process's share of updates of models with random weights, one after the other, with one thread.
 
     Each forgets ``forget`` [n, tokens] by K-FAC, EK-FAC and the dual form, with curvature from ``retain``
-    [m, tokens]. To be called in every process (:func:`in_processes`). The first model is done twice, so that what
-    is done once in a process is not in its times.
+    [m, tokens]. To be called in every process (:func:`in_processes`); where there are several, the link between
+    them is measured as well. The first model is done twice, so that what is done once in a process is not in its
+    times.
     """
     torch.set_num_threads(1)
     with distributed.started(device):
         updates = []
         for source in [configurations[0], *configurations]:
             model = load_model(source, device=device, dtype=dtype)
-            updates.append(_update(model, retain, forget, damping))
-        return updates[1:]
+            updates.append(_update(model, retain.to(model.device), forget.to(model.device), damping))
+        return updates[1:], _link(model.device)
 
 
-def _update(model: Any, retain: Tensor, forget: Tensor, damping: float) -> Share:
+def _update(model: PreTrainedModel, retain: Tensor, forget: Tensor, damping: float) -> Share:
     phases: dict[str, Phase] = {}
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
         with distributed.together():
-            pass  # all begin together
-        started, processor = time.perf_counter(), time.process_time()
+            pass  # all begin at once
+        started, processor = _now(model.device), time.process_time()
         with distributed.counted_bytes() as communicated:
             yield
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        phases[name] = Phase(
-            time.perf_counter() - started, time.process_time() - processor, Counter(communicated)
-        )
+        ended = _now(model.device)
+        phases[name] = Phase(ended - started, time.process_time() - processor, communicated)
 
-    def solved(C: Kronecker | FisherDual) -> Any:
-        step: Vector = C.solve(delta, damping)
-        return flatten(step).cpu().numpy()
-
+    steps = {}
     with phase("gradient"):
         delta = ascent_direction(model, forget)
     with phase("factors"):
         factors = layer_factors(model, retain)
     with phase("decompositions"):
         kfac = from_factors(model, factors)
-    steps = {}
     with phase("solution"):
-        steps["kfac"] = solved(kfac)
+        steps["kfac"] = kfac.solve(delta, damping)
     with phase("second moments"):
         ekfac = second_moments(model, retain, kfac)
-    steps["ekfac"] = solved(ekfac)
+    steps["ekfac"] = ekfac.solve(delta, damping)
     with phase("gradients of sequences"):
         gradients = sequence_gradients(model, retain)
     with phase("dual form"):
-        steps["fisher_dual"] = solved(FisherDual(gradients))
+        steps["fisher_dual"] = FisherDual(gradients).solve(delta, damping)
     with phase("losses"):
         loss = mean_loss(model, forget)
+
     owned = [block for block in kfac.blocks if block.mine]
     kept = [x for block in owned for x in (block.eigenvalues, block.left, block.right) if x is not None]
-    return Share(
-        phases,
-        {block.names: block.owner for block in kfac.blocks},
-        sum(x.numel() * x.element_size() for x in kept),
-        steps,
-        loss,
-    )
+    matrices = [
+        Matrix(block.names, block.owner, *(0 if x is None else len(x) for x in (block.left, block.right)))
+        for block in kfac.blocks
+    ]
+    size = sum(x.numel() * x.element_size() for x in kept)
+    flat = {method: flatten(step).cpu().numpy() for method, step in steps.items()}
+    return Share(phases, matrices, size, flat, loss)
+
+
+def _link(device: torch.device) -> Link | None:
+    """From the time of a short all-reduce and of a long one, in a ring (Thakur et al. 2005)."""
+    number = distributed.size()
+    if number == 1:
+        return None
+
+    def seconds(numbers: int, repeats: int) -> float:
+        tensor, times = torch.zeros(numbers, device=device), []
+        for _ in range(repeats):
+            started = _now(device)
+            distributed.sum_over([tensor])
+            times.append(_now(device) - started)
+        return statistics.median(times)
+
+    short, long = seconds(1, 30), seconds(LONG, 7)
+    return Link(short / (2 * (number - 1)), 2 * (1 - 1 / number) * 4 * LONG / (long - short))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
