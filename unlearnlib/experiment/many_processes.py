@@ -104,27 +104,22 @@ class Link:
 
 
 def shared_updates(
-    configurations: list[dict[str, Any]],
-    retain: Tensor,
-    forget: Tensor,
-    damping: float,
-    device: str,
-    dtype: torch.dtype = torch.float32,
+    configurations: list[dict[str, Any]], retain: Tensor, forget: Tensor, damping: float, device: str
 ) -> tuple[list[Share], Link | None]:
     """Return this process's share of updates of models with random weights, one after the other, with one thread.
 
     Each forgets ``forget`` [n, tokens] by K-FAC, EK-FAC and the dual form, with curvature from ``retain``
     [m, tokens]. To be called in every process (:func:`in_processes`); where there are several, the link between
-    them is measured as well. The first model is done twice, so that what is done once in a process is not in its
-    times.
+    them is measured as well. The first model comes once more, and before all others, in double precision: there
+    the times are of no use, since what is done once in a process is in them.
     """
     torch.set_num_threads(1)
+    updates = []
     with distributed.started(device):
-        updates = []
-        for source in [configurations[0], *configurations]:
-            model = load_model(source, device=device, dtype=dtype)
+        for i, source in enumerate([configurations[0], *configurations]):
+            model = load_model(source, device=device, dtype=torch.float32 if i else torch.float64)
             updates.append(_update(model, retain.to(model.device), forget.to(model.device), damping))
-        return updates[1:], _link(model.device)
+        return updates, _link(model.device)
 
 
 def _update(model: PreTrainedModel, retain: Tensor, forget: Tensor, damping: float) -> Share:
