@@ -402,7 +402,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "many_gpus": {
         "quick": MANY_GPUS | {"sizes": ((64, 2), (128, 2), (256, 2))},
         "cpu": MANY_GPUS | {"sizes": ((64, 2), (128, 4), (256, 4)), "m": 128},
-        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((256, 4), (512, 8), (1024, 12)), "m": 256},
+        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((128, 4), (256, 4), (512, 8)), "m": 128},
     },
     "real_model": {
         "quick": REAL_MODEL

@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
+from unlearnlib.cost import clock
 from unlearnlib.curvature import FisherDual, sequence_gradients
 from unlearnlib.curvature.kronecker import from_factors, layer_factors, second_moments
 from unlearnlib.losses import mean_loss
@@ -60,13 +61,13 @@ def in_processes(number: int, function: Callable[..., Result], *arguments: objec
 
 @dataclass
 class Phase:
-    """A part of an update, as one process sees it: ``seconds`` on the wall, and of its processor.
+    """A part of an update, as one process sees it: ``seconds`` by :func:`unlearnlib.cost.clock`, and on the wall.
 
     ``communicated`` are the bytes that it handed to collective operations, by the operation's name.
     """
 
     seconds: float
-    processor_seconds: float
+    wall_seconds: float
     communicated: Counter[str]
 
 
@@ -129,11 +130,11 @@ def _update(model: PreTrainedModel, retain: Tensor, forget: Tensor, damping: flo
     def phase(name: str) -> Iterator[None]:
         with distributed.together():
             pass  # all begin at once
-        started, processor = _now(model.device), time.process_time()
+        read = clock(model.device)
+        started, wall = read(), time.perf_counter()
         with distributed.counted_bytes() as communicated:
             yield
-        ended = _now(model.device)
-        phases[name] = Phase(ended - started, time.process_time() - processor, communicated)
+        phases[name] = Phase(read() - started, time.perf_counter() - wall, communicated)
 
     steps = {}
     with phase("gradient"):
