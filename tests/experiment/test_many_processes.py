@@ -1,4 +1,4 @@
-"""Several processes started from within a program. (That they share the work, the chapter asserts when it is run.)"""
+"""Several processes started from within a program; that they share the work the chapter asserts when it runs."""
 
 import signal
 
