@@ -400,9 +400,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "many_gpus": {
-        "quick": MANY_GPUS | {"sizes": ((64, 2), (128, 2), (256, 2))},
+        "quick": MANY_GPUS | {"sizes": ((48, 2), (96, 2), (192, 2))},
         "cpu": MANY_GPUS | {"sizes": ((64, 2), (128, 4), (256, 4)), "m": 128},
-        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((128, 4), (256, 4), (512, 8)), "m": 128},
+        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((128, 4), (256, 4), (512, 4)), "m": 128},
     },
     "real_model": {
         "quick": REAL_MODEL
