@@ -55,6 +55,9 @@ INDELIBLE = {
     "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
 }
 
+# The processes of chapter 19 and widths and layers of its models, whose weights and sequences are random.
+MANY_GPUS = {"seeds": 1, "length": 49, "forget": 16, "m": 32, "processes": 2}
+
 # The model of chapter 12 and its sets are small, because private training is slow.
 PRIVATE = {
     "model": small_llama(1024, hidden_size=32, layers=2, context=64),
@@ -395,6 +398,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "numbers": (16, 32, 64, 128, 256),
             "more": (512,),
         },
+    },
+    "many_gpus": {
+        "quick": MANY_GPUS | {"sizes": ((48, 2), (96, 2), (192, 2))},
+        "cpu": MANY_GPUS | {"sizes": ((64, 2), (128, 4), (256, 4)), "m": 128},
+        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((128, 4), (256, 4), (512, 4)), "m": 128},
     },
     "real_model": {
         "quick": REAL_MODEL
