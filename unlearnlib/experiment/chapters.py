@@ -188,7 +188,7 @@ MOVED = FAIR_FIGHT | {
     "top": 4,
 }
 
-# The proxy of chapter 19 is to be cheap: smaller than the model, and trained for a shorter time.
+# The proxy of chapter 20 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
