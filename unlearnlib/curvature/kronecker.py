@@ -254,9 +254,9 @@ def _decompose(moments: list[Tensor], weights: list[Tensor]) -> tuple[Tensor | N
     section 8.3), so that a solution x of (M + λI) x = v has an error of up to ‖E‖₂ ‖x‖/λ, whatever v is. With
     ε = 6e-8, that of float32, it was 1e-4 ‖x‖ at λ = 1e-6 λ₁, λ₁ the largest eigenvalue of C, with factors and
     gradients of a small trained model, and 8e-4 ‖x‖ of SmolLM2-135M. Nothing else needs float64: entries of a
-    basis that are rounded to float32 change x by no more than ε (‖x‖ + ‖v‖/λ), to first order, which was 1e-6 ‖x‖ there,
-    and the eigenvalues of a moment come with its basis. Those of a sum over two uses are products, and must be in
-    float64: rounding would add ε ‖M‖₂ to the smallest.
+    basis that are rounded to float32 change x by no more than ε (‖x‖ + ‖v‖/λ), to first order, which was 1e-6 ‖x‖
+    there, and the eigenvalues of a moment come with its basis. Those of a sum over two uses are products, and must
+    be in float64: rounding would add ε ‖M‖₂ to the smallest.
     """
     if any(moment.ndim == 1 for moment in moments):
         return None, [moment if moment.ndim == 1 else moment.diagonal() for moment in moments]
