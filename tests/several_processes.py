@@ -72,7 +72,7 @@ def agree(folder):
         distributed.sum_over([mine])
         assert mine.item() == owned_bytes(whole)  # every matrix has one owner
     for _ in ("built", "found again"):
-        stored = kfac_in_groups(model, RETAIN, corrected=True, budget_bytes=2**19, folder=folder)
+        stored = kfac_in_groups(model, RETAIN, corrected=True, budget_bytes=2**20, folder=folder)
         delta = methods.ascent_direction(model, FORGET)
         compare({"": stored.solve(delta, DAMPING)}, {"": expected["ekfac:step"]})
         assert len(list(folder.glob("*.safetensors"))) == len(stored.blocks)  # once all have come so far
