@@ -37,7 +37,7 @@ def test_a_number_that_is_not_finite_ends_all_processes_with_its_message(tmp_pat
     assert ended.returncode != 0
     said = "the predictions are not finite for sequence 4: are the weights damaged?"
     assert f"FloatingPointError: {said}" in ended.stderr  # who had it
-    assert f"RuntimeError: process 1: {said}" in ended.stderr  # who heard of it
+    assert f"ErrorElsewhere: process 1: {said}" in ended.stderr  # who heard of it
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

@@ -76,12 +76,16 @@ def share(number: int) -> slice:
     return shares(number)[rank()]
 
 
+class ErrorElsewhere(RuntimeError):
+    """What ended another process, said by that one."""
+
+
 @contextlib.contextmanager
 def together(met_within: bool = False) -> Iterator[None]:
     """An error within the block is raised by all processes after it, and names the one that had it.
 
     To be put around what each does for itself, before the others are met: none of them waits for ever. There must
-    be no collective operation within. Raises RuntimeError where the error was another's.
+    be no collective operation within. Raises ErrorElsewhere where the error was another's.
 
     Where they are ``met_within``, as in every pass of a model whose weights are divided among them, there is no
     waiting for the end: an error ends its process, and then the launcher ends the others.
@@ -101,7 +105,7 @@ def together(met_within: bool = False) -> Iterator[None]:
         dist.all_reduce(note)  # gloo, whatever the device: an error is no matter for NCCL
         broken = note[:, 0].nonzero().flatten().tolist()
         if broken and error is None:
-            raise RuntimeError(bytes(note[broken[0]].tolist()).rstrip(b"\0").decode(errors="replace"))
+            raise ErrorElsewhere(bytes(note[broken[0]].tolist()).rstrip(b"\0").decode(errors="replace"))
     if error is not None:
         raise error
 

@@ -50,7 +50,7 @@ class AllocatedBytes(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(found):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+            if isinstance(x, Tensor) and x.device.type != "meta" and x.untyped_storage()._cdata not in given:
                 self._add(x.untyped_storage())
         if function.overloadpacket is aten.any:
             self._faults.add(found.untyped_storage())

