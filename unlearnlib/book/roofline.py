@@ -191,10 +191,13 @@ def exchange(operation: str, size: float, processes: int, calls: int = 1) -> lis
 def neighbours(matrices: Iterable[Matrix], size: Callable[[Matrix], float], room: float) -> list[list[Matrix]]:
     """Groups of matrices in their order, of as many as together have no more than ``room``, or of one."""
     groups: list[list[Matrix]] = []
+    left = 0.0
     for matrix in matrices:
-        if not groups or sum(map(size, groups[-1])) + size(matrix) > room:
+        if not groups or size(matrix) > left:
             groups.append([])
+            left = room
         groups[-1].append(matrix)
+        left -= size(matrix)
     return groups
 
 
@@ -275,7 +278,7 @@ def routes(
         """The most that any process has of a group."""
         return max(sum(size(x) for x in group if owner_of[id(x)] == owner) for owner in range(processes))
 
-    # Probabilities in float32, for a moment with the logits they are made of; and 5 widths that belong to no layer.
+    # Probabilities in float32, for a moment with the logits they are made of; and 5 widths that are of no layer.
     pass_bytes = kept(14 + 5 / shape.layers, 1 + number / 4)
     eigen_bytes = (
         4 * max(max(x.left, x.columns) for x in matrices) ** 2 * 8
