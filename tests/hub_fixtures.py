@@ -428,6 +428,7 @@ DIFFERENT = {
     "kronecker": {"few": 4},
     "fisher_updates": {"retain": 24, "holdout": 8},
     "cost": {"sizes": ((16, 2), (24, 2), (32, 2)), "size": (16, 2), "numbers": (2, 4, 8), "more": (16,)},
+    "many_gpus": {"sizes": ((16, 2), (32, 2))},
     "four_datasets": {"requests": (1, 4)},
     "three_axes": {
         "length": 32,
