@@ -2,10 +2,12 @@
 
 It finds, without any accelerator, tensors that were left behind on the CPU. Every operator is run by the CPU, once
 its tensors have been seen to be on one device; as on a real one, numbers (tensors without dimensions) and what
-indexes others may come from the CPU. The device is of the whole process, so it is for a process of its own:
-``pytest -p pretended_accelerator`` with ``UNLEARNLIB_TEST_DEVICE=pretended``.
+indexes others may come from the CPU. And it counts how often the processor would have to wait for an accelerator.
+The device is of the whole process, so it is for a process of its own: ``pytest -p pretended_accelerator`` with
+``UNLEARNLIB_TEST_DEVICE=pretended``.
 """
 
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +20,10 @@ aten = torch.ops.aten
 BETWEEN = (aten._to_copy.default, aten.copy_.default)
 """Operators that are there to take values from one device to another."""
 BY_INDEX = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+READS = ("_local_scalar_dense", "equal", "nonzero", "_unique2", "unique_dim", "masked_select", "bincount")
+"""Operators whose result, or its shape, the processor must know: ``item``, ``bool`` and ``int`` are the first."""
+WAITS: Counter[str] = Counter()
+"""How often the processor would have waited so far, by reason: these operators, and copies either way."""
 
 
 class Pretended(torch.Tensor):
@@ -39,6 +45,12 @@ class Pretended(torch.Tensor):
             torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
         )
         return memo[id(self)]
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def __format__(self, how):
+        return format(self.cpu(), how)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -66,9 +78,23 @@ def run(operator, args, kwargs):
     by_index = name in BY_INDEX and isinstance(args[0], Pretended)
     if ours and strays and operator not in BETWEEN and not by_index:
         raise RuntimeError(f"{name} mixes {NAME} with a tensor on the CPU, {tuple(strays[0].shape)}")
-    results = operator(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    if name in READS:
+        WAITS[name] += 1
+    elif by_index and args[1] is not None:
+        WAITS["nonzero"] += sum(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        WAITS["to the device"] += bool(strays)
+    elif operator in BETWEEN and strays:
+        WAITS["to the device"] += 1
+    if operator is aten.copy_.default and on_cpu(args[0]).data_ptr() == on_cpu(args[1]).data_ptr():
+        return args[
+            0
+        ]  # a view of itself, which PyTorch cannot tell: wrappers have no memory that could be the same
+    # Zeros without memory, as forward-mode differentiation makes them, are nothing that the CPU could read here.
+    made = aten.zeros.default if operator is aten._efficientzerotensor.default else operator
+    results = made(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
     away = operator is aten._to_copy.default and kwargs.get("device") is not None and not is_here(kwargs["device"])
     if away or (operator is aten.copy_.default and not isinstance(args[0], Pretended)):
+        WAITS["to the CPU"] += 1
         return args[0] if operator is aten.copy_.default else results
     # What was changed in place is the same tensor as before, and not another with the same values.
     return tree_map(lambda x: ours.get(id(x), Pretended(x)) if isinstance(x, torch.Tensor) else x, results)
@@ -111,7 +137,7 @@ def register():
     autocast = torch.library.Library("_", "IMPL")
     autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     inside = torch.library.Library("aten", "IMPL")  # asked for by operators that are made of others, in C++
-    for operator in (aten.empty.memory_format, aten.empty_strided.default):
+    for operator in (aten.empty.memory_format, aten.empty_strided.default, aten._local_scalar_dense.default):
         name = operator.name().removeprefix("aten::")
         inside.impl(name, lambda *args, _made=operator, **kwargs: run(_made, args, kwargs), "PrivateUse1")
     inside.impl("_copy_from", copy_from, "PrivateUse1")

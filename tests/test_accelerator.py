@@ -12,7 +12,7 @@ import os
 
 import pytest
 import torch
-from helpers import random_sequences, tiny_model
+from helpers import VOCABULARY, random_sequences, tiny_model
 from torch import Tensor
 
 from unlearnlib import cost, curvature, measures, methods, weights
@@ -242,10 +242,6 @@ ALGORITHMS = {
 }
 
 
-FORWARD_MODE = ("gauss_newton", "block_gauss_newton")
-"""These differentiate forwards, of which PyTorch is not capable on a device that is pretended."""
-
-
 def allowed(name, architecture, dtype):
     if dtype == torch.float64:
         return ROTARY if architecture == "llama" else PRECISION[dtype]
@@ -271,8 +267,6 @@ def results(value):
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_accelerator_gives_what_the_cpu_gives(name, architecture, dtype, record_property):
-    if NAME == "pretended" and name in FORWARD_MODE:
-        pytest.skip("PyTorch cannot differentiate forwards on a pretended device")
     model = initial(architecture, dtype)
     here, there = copy.deepcopy(model), copy.deepcopy(model).to(NAME)
     assert there.device.type == torch.device(NAME).type
@@ -281,6 +275,38 @@ def test_an_accelerator_gives_what_the_cpu_gives(name, architecture, dtype, reco
     errors = [((a - b).norm() / b.norm().clamp(min=1e-300)).item() for a, b in zip(found, expected, strict=True)]
     record_property("error", max(errors))
     assert max(errors) < allowed(name, architecture, dtype), errors
+
+
+PASSES = {
+    "gradient": (methods.ascent_direction, (0, 3)),
+    "per_sequence_gradients": (curvature.sequence_gradients, (0, 4)),
+    "fisher_diagonal": (curvature.FisherDiagonal, (0, 4)),
+    "kfac": (curvature.kfac, (1, 5)),
+    "ekfac": (curvature.ekfac, (2, 10)),
+    "kronecker_diagonal": (curvature.diagonal_fisher, (1, 5)),
+    "hessian": (lambda model, sequences: Hessian(model, sequences).matvec(weights.snapshot(model)), (1, 2)),
+    "gauss_newton": (
+        lambda model, sequences: GaussNewton(model, sequences).matvec(weights.snapshot(model)),
+        (1, 3),
+    ),
+}
+"""What passes over the sequences, and how often it may make the processor wait: in all, and once more a batch."""
+
+
+@pytest.mark.skipif(NAME != "pretended", reason="only a pretended accelerator counts")
+@pytest.mark.parametrize("name", PASSES)
+def test_waits_grow_with_the_batches_alone(name, monkeypatch):
+    from pretended_accelerator import WAITS
+
+    run, (in_all, a_batch) = PASSES[name]
+    for layers, sequences, batch in ((1, 2, 2), (3, 8, 4)):
+        monkeypatch.setattr("unlearnlib.losses.MOST_SEQUENCES", batch)
+        config = loading.small_opt(VOCABULARY, hidden_size=16, layers=layers, heads=2, context=32)
+        model = loading.load_model(config, seed=0, dtype=torch.float64, device="cpu").to(NAME)
+        before = WAITS.total()
+        run(model, random_sequences(sequences))
+        waits = WAITS.total() - before
+        assert waits == in_all + a_batch * sequences // batch, (layers, sequences, batch)
 
 
 def test_what_is_left_on_the_cpu_is_found():

@@ -14,6 +14,6 @@ measures     losses, divergence and membership of a model, extraction, exposure,
 verdicts     tables of results, intervals, rules, claims
 experiment   cases of a seed, the report that measures models against the retrained one, profiles and the
              chapters' sizes, the experiments of single chapters
-own          an erasure request for a model of your own, its report and warnings
+own          an erasure request for a model of your own, its report and warnings, its command line
 book         figures, numbers for the prose, the build
 """

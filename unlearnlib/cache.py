@@ -87,8 +87,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path = path.parent.resolve() / path.name
         _refuse_existing(path)
-        # The name is hashed, since one that is just short enough for the disk would be too long with an ending.
-        temporary = path.with_name(f".unlearnlib-{json_hash(path.name)[:16]}.tmp")
+        temporary = unfinished(path)
         guard = lock(temporary)
         guard.acquire(timeout=0)
     except Busy:
@@ -119,6 +118,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # raised for the first one that is not empty
             for folder in missing:
                 folder.rmdir()
+
+
+def unfinished(path: Path) -> Path:
+    """The temporary folder of :func:`new_folder` for ``path``, wherever it is asked for."""
+    # The name is hashed, since one that is just short enough for the disk would be too long with an ending.
+    return path.parent.resolve() / f".unlearnlib-{json_hash(path.name)[:16]}.tmp"
 
 
 Busy = filelock.Timeout

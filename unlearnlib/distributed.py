@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others, which may have a larger matrix to decompose."""
@@ -75,13 +76,23 @@ def share(number: int) -> slice:
     return shares(number)[rank()]
 
 
+class ErrorElsewhere(RuntimeError):
+    """What ended another process, said by that one."""
+
+
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(met_within: bool = False) -> Iterator[None]:
     """An error within the block is raised by all processes after it, and names the one that had it.
 
     To be put around what each does for itself, before the others are met: none of them waits for ever. There must
-    be no collective operation within. Raises RuntimeError where the error was another's.
+    be no collective operation within. Raises ErrorElsewhere where the error was another's.
+
+    Where they are ``met_within``, as in every pass of a model whose weights are divided among them, there is no
+    waiting for the end: an error ends its process, and then the launcher ends the others.
     """
+    if met_within:
+        yield
+        return
     error = None
     try:
         yield
@@ -94,9 +105,26 @@ def together() -> Iterator[None]:
         dist.all_reduce(note)  # gloo, whatever the device: an error is no matter for NCCL
         broken = note[:, 0].nonzero().flatten().tolist()
         if broken and error is None:
-            raise RuntimeError(bytes(note[broken[0]].tolist()).rstrip(b"\0").decode(errors="replace"))
+            raise ErrorElsewhere(bytes(note[broken[0]].tolist()).rstrip(b"\0").decode(errors="replace"))
     if error is not None:
         raise error
+
+
+def are_divided(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is divided among the processes, as sharded weights are."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be divided among the processes, which then must all call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`whole`: divided as ``like`` is, if it is. Every process has all of ``tensor``."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # nothing is sent
 
 
 def sum_over(tensors: Iterable[Tensor]) -> None:

@@ -114,6 +114,19 @@ def batches(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, ...]:
     return sequences.split(max(1, min(MOST_SEQUENCES, MOST_LOGITS // of_one)))
 
 
+def shared_batches(model: PreTrainedModel, sequences: Tensor) -> list[tuple[Tensor, int]]:
+    """The :func:`batches` of this process's share of the sequences, and how many of each one's sequences count.
+
+    Those are all, but where weights are divided among the processes: then every pass is everybody's, and who has
+    less to do than others passes a sequence for them, of which nothing counts.
+    """
+    mine, most = (sequences[distributed.shares(len(sequences))[i]] for i in (distributed.rank(), 0))
+    found = [(batch, len(batch)) for batch in batches(model, mine)]
+    if distributed.are_divided(model.parameters()):
+        found += [(sequences[:1], 0)] * (len(batches(model, most)) - len(found))
+    return found
+
+
 def batched(
     measure: Callable[[PreTrainedModel, Tensor], Tensor], model: PreTrainedModel, sequences: Tensor
 ) -> Tensor:
@@ -125,9 +138,10 @@ def batched(
     if number < distributed.size():  # not one for each
         with distributed.alone():
             return batched(measure, model, sequences)
-    with torch.no_grad(), distributed.together():
-        mine = batches(model, sequences[distributed.share(number)])
-        found = torch.cat([measure(model, batch).cpu() for batch in mine])
+    divided = distributed.are_divided(model.parameters())
+    with torch.no_grad(), distributed.together(met_within=divided):
+        shared = shared_batches(model, sequences)
+        found = torch.cat([measure(model, batch)[:real].cpu() for batch, real in shared])
     return distributed.joined(found, number)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
-from unlearnlib.losses import batches
+from unlearnlib.losses import shared_batches
 
 Vector = dict[str, Tensor]
 
@@ -15,6 +15,15 @@ Vector = dict[str, Tensor]
 def parameters(model: PreTrainedModel) -> Vector:
     """The model's trainable parameters by name: the live tensors, each tied one once, frozen ones left out."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_whole(model: PreTrainedModel, what: str) -> None:
+    """Raise NotImplementedError if the model's weights are sharded, naming ``what`` needs all in one place."""
+    if distributed.are_divided(model.parameters()):
+        raise NotImplementedError(
+            f"{what} needs all weights in one place, and this model's are divided among processes: use gradient "
+            "ascent and other first-order methods, K-FAC, EK-FAC or kronecker.diagonal_fisher, or load it whole"
+        )
 
 
 def snapshot(model: PreTrainedModel) -> Vector:
@@ -35,7 +44,7 @@ def set_weights(
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product of two vectors, a scalar tensor."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return distributed.whole(torch.stack([(a[name] * b[name]).sum() for name in a]).sum())
 
 
 def norm(a: Vector) -> float:
@@ -81,7 +90,9 @@ def random_vector(like: Vector, generator: torch.Generator) -> Vector:
     Drawn on the CPU, so that a seed gives the same vector on every device.
     """
     return {
-        name: torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        name: distributed.divided_like(
+            torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device), value
+        )
         for name, value in like.items()
     }
 
@@ -100,19 +111,32 @@ def mean_gradient(
     """
     live, number = parameters(model), len(sequences)
     total = {name: torch.zeros_like(p) for name, p in live.items()}
-    mine = distributed.share(number)
-    start = mine.start
-    with distributed.together():
-        for batch in batches(model, sequences[mine]):
-            losses = loss(model, batch)
+    divided = distributed.are_divided(live.values())
+    start = distributed.share(number).start
+    with distributed.together(met_within=divided):
+        for batch, real in shared_batches(model, sequences):
+            losses = loss(model, batch)[:real]
             if not torch.isfinite(losses).all():
                 bad = start + int((~torch.isfinite(losses)).nonzero()[0])
                 raise FloatingPointError(f"the loss of sequence {bad} is not finite: are the weights damaged?")
             if factors is not None:
-                losses = losses * factors[start : start + len(batch)].to(losses)
-            gradients = torch.autograd.grad(losses.sum(), list(live.values()))
-            for name, gradient in zip(live, gradients, strict=True):
+                losses = losses * factors[start : start + real].to(losses)
+            gradients = _divided_gradients if divided else torch.autograd.grad
+            for name, gradient in zip(live, gradients(losses.sum(), list(live.values())), strict=True):
                 total[name] += gradient / number
-            start += len(batch)
-    distributed.sum_over(total.values())
+            start += real
+    if not divided:
+        distributed.sum_over(total.values())
     return total
+
+
+def _divided_gradients(value: Tensor, live: list[Tensor]) -> list[Tensor]:
+    """The gradient of the sum of all processes' values, where the weights are divided among them."""
+    for p in live:
+        p.grad = None
+    # The graph has whole weights, which only stand in for the live parts; FSDP takes the mean of what they get.
+    (value * distributed.size()).backward()
+    gradients = [p.grad for p in live]
+    for p in live:
+        p.grad = None
+    return gradients

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from unlearnlib.book import prose
+from unlearnlib.experiment.profiles import PROFILES
 
 
 @pytest.fixture
@@ -24,3 +25,32 @@ def test_two_names_that_become_one_are_refused(told):
     with pytest.raises(ValueError, match="'seeds'"):
         prose.tell({"seeds": 1}, seeds=2)
     assert told == {}  # nothing is kept by halves
+
+
+def shown_by(monkeypatch):
+    shown = []
+    monkeypatch.setattr(prose, "display", lambda page: shown.append(page.data))
+    return shown
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_holds_is_said_without_ado(monkeypatch, profile):
+    shown = shown_by(monkeypatch)
+    prose.expect(profile, "one is less than two", np.bool_(True))
+    assert shown == []
+
+
+@pytest.mark.parametrize("profile", ["quick", "cpu"])
+def test_the_text_is_held_to_what_it_was_written_for(profile):
+    with pytest.raises(AssertionError, match="the text says that one is less than two; in this run it is not so"):
+        prose.expect(profile, "one is less than two", np.bool_(False))
+
+
+def test_a_run_that_nobody_has_seen_corrects_the_text(monkeypatch):
+    shown = shown_by(monkeypatch)
+    prose.expect("gpu", "one is less than two", False)
+    assert shown == ["**Otherwise in this run.** The text says that one is less than two. Here it is not so."]
+
+
+def test_every_profile_is_one_or_the_other():
+    assert set(PROFILES) - set(prose.WRITTEN_FOR) == {"gpu"}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlearnlib import losses, weights
+from unlearnlib import cost, losses, weights
 from unlearnlib.curvature import column_pass
 from unlearnlib.curvature.fisher_dual import FisherDual
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
@@ -208,6 +208,22 @@ def test_the_least_that_is_held_is_a_row_of_every_sequence(tokens):
     build = column_pass.ColumnPass(model, sequences, 0, None)
     assert len(build.sums.buffer) == M * 256  # what fc2 reads
     check(model, sequences, budget=0)
+
+
+def test_memory_grows_with_the_weights_and_the_budget_alone():
+    """Not with vocabulary × tokens, nor with vocabulary × width × sequences."""
+    vocabulary = 2**17
+    config = loading.small_opt(vocabulary, hidden_size=8, layers=1, heads=1, context=16)
+    model, sequences = loading.load_model(config, dtype=torch.float32), random_sequences(16, 16)
+    v, budget = random_direction(model), 2**22
+    table = 4 * 8 * vocabulary
+    fisher = StreamingFisher(model, sequences, budget)
+    for run in (
+        lambda: StreamingFisher(model, sequences, budget, v),
+        lambda: fisher.products(v),
+        lambda: fisher.combination(fisher.eigenvalues),
+    ):
+        assert cost.measure(run, "cpu", runs=1, at_least=0).peak_bytes < budget + 3.5 * table + 2**20
 
 
 @pytest.mark.parametrize("budget", [200_000, 2**25])

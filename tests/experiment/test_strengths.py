@@ -85,6 +85,15 @@ def test_the_rise_of_kept_texts_is_on_average_what_tells_them_from_unseen_ones(s
     assert fine.left_out().loss == pytest.approx(expected, abs=0.1 * gap)
 
 
+@pytest.mark.parametrize("dampings", [(1e-5, 1e-4), (1.0, 10.0)])
+def test_a_grid_that_does_not_reach_the_right_damping_is_widened(study, dampings):
+    wide = tuple(10.0**i for i in range(-5, 2))
+    expected = dataclasses.replace(study, dampings=wide).left_out()
+    found = dataclasses.replace(study, dampings=dampings).left_out()
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.error == pytest.approx(expected.error, rel=1e-4)
+
+
 def test_the_natural_step_has_the_length_of_the_formula(study):
     case, model = study.case, study.case.original()
     found = pd.DataFrame(study.natural()).pivot(index="damping", columns="method", values="value")

@@ -1,7 +1,10 @@
 import copy
+import itertools
 import json
 import math
 
+import hub_fixtures
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -9,6 +12,7 @@ from helpers import ARCHITECTURES, random_sequences, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib import weights
+from unlearnlib.experiment import profiles
 from unlearnlib.losses import log_probabilities, mean_loss, sequence_losses
 from unlearnlib.measures import extraction
 from unlearnlib.methods import first_order
@@ -181,6 +185,53 @@ def test_architectures_without_torchs_attention_have_their_own(config):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_torchs_attention_is_taken_where_there_is_a_choice(architecture):
     assert tiny_model(architecture).config._attn_implementation == "sdpa"
+
+
+def test_pickled_weights_are_never_loaded(tmp_path):
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        loading.load_model(tmp_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder of the hub's client, which cannot reach the hub."""
+    home = tmp_path_factory.mktemp("home")
+    hub_fixtures.write_hub(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield home / "hub"
+
+
+def stored(hub, source):
+    """The weights in the files of a hub's model, in float32, by the ends of their names, which differ in age."""
+    folder = next(hub.glob(f"models--{source.partition('@')[0].replace('/', '--')}")) / "snapshots"
+    files = [safetensors.torch.load_file(file) for file in folder.glob("*/*.safetensors")]
+    return {name.removeprefix("model."): value.float() for file in files for name, value in file.items()}
+
+
+HUB_MODELS = [*itertools.chain(*profiles.HUB_ARCHITECTURES.values()), hub_fixtures.SHARDED]
+
+
+@pytest.mark.parametrize("source", HUB_MODELS, ids=lambda source: source.partition("@")[0])
+def test_models_of_the_hub_load_offline_with_their_weights_and_their_tokenizer(hub, source):
+    model, tokenizer = loading.load_model(source, device="cpu"), loading.load_tokenizer(source)
+    expected = stored(hub, source)
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32
+        names = {name, name.removeprefix("model."), name.removeprefix("transformer.")} & expected.keys()
+        assert torch.equal(p, expected[names.pop()])
+    tokens = tokenizer("the old king", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == "the old king"
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert max(tokens) < len(tokenizer) <= model.config.vocab_size
+
+
+def test_nor_are_those_of_the_hub(hub):
+    with pytest.raises(OSError, match=r"with weights in safetensors \(pickled ones are refused"):
+        loading.load_model(hub_fixtures.PICKLED, device="cpu")
 
 
 def test_unknown_models_are_clear_errors(tmp_path):

@@ -115,6 +115,7 @@ def gradients(model, sequences):
         ({"secrets": ["0815", 4821]}, "secret 2 is no text: put it between quotation marks"),
         ({"seed": 1.5}, "seed must be a whole number of at most 18 digits, not 1.5"),
         ({"seed": 2**64}, "seed must be a whole number"),
+        ({"factors": "here"}, "gradient_ascent has no Kronecker factors: leave factors out, or choose kfac or"),
     ],
 )
 def test_impossible_settings_are_errors(tmp_path, changes, message):
@@ -127,6 +128,11 @@ def test_no_output_is_overwritten_and_no_model_written_into(folder, tmp_path):
         make(folder, tmp_path)
     with pytest.raises(ValueError, match="lies within"):
         make(folder, folder / "opt" / "model" / "new")
+    for place in (folder / "opt" / "model", folder / "opt" / "model" / "new"):
+        with pytest.raises(ValueError, match=r"the factors .* lies within .*, which must not change"):
+            make(folder, tmp_path / "out", method="kfac", factors=str(place))
+    with pytest.raises(ValueError, match="lie within the output, which is made last: move them"):
+        make(folder, tmp_path / "out", method="kfac", factors=str(tmp_path / "out" / "factors"))
 
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="never overwritten"):
@@ -236,15 +242,6 @@ def test_files_and_folders_that_cannot_be_read_are_no_models(folder, tmp_path, m
     monkeypatch.setattr(checks.Path, "iterdir", forbid)
     with pytest.raises(OSError, match=r"the folder .*model cannot be read: .*Permission denied"):
         checks.outline(str(folder / "opt" / "model"))
-
-
-def test_pickled_weights_are_not_loaded_from_the_hub_either(folder, tmp_path):
-    copy = copy_of(folder, tmp_path)
-    torch.save(load(copy).state_dict(), copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
-    loading.load_model(copy, device="cpu")  # the book's own loader may
-    with pytest.raises(OSError, match="safetensors"):
-        checks.load(copy, device="cpu")
 
 
 @pytest.mark.parametrize("adapter", ["adapter_config.json", None])
@@ -422,8 +419,29 @@ def test_too_little_memory_or_disk_is_refused_with_both_numbers(folder, tmp_path
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(checks, "available_bytes", lambda device: needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1))
-    with pytest.raises(OSError, match=r"needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
+    with pytest.raises(OSError, match=r"the output needs 0\.0 GiB of disk and .* has 0\.0 GiB free"):
         fulfilment.fulfil(request, CPU)
+
+
+def test_factors_must_fit_the_disk_as_far_as_they_are_not_there(folder, tmp_path, monkeypatch):
+    kept = tmp_path / "factors"
+    request = make(folder, tmp_path / "out", method="kfac", damping=1.0, factors=str(kept))
+    fulfilment.fulfil(dataclasses.replace(request, output=str(tmp_path / "first")), CPU)
+    model, size = load(request.model), sum(file.stat().st_size for file in kept.iterdir())
+    free = 4 * loading.parameter_count(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    assert 1.5 * free < size  # all of it would not fit
+    checks.check_request(request, CPU)
+    shutil.rmtree(kept)
+    with pytest.raises(OSError, match=r"the folder of factors needs 0\.0 GiB of disk and .* has"):
+        checks.check_request(request, CPU)
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    assert checks.available_bytes(CPU) == 10
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert checks.available_bytes(CPU) == 5
 
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])

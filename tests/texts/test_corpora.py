@@ -12,8 +12,9 @@ import sys
 import types
 import zipfile
 
-import datasets
+import huggingface_hub
 import pytest
+from hub_fixtures import data_files, data_rows, store
 
 from unlearnlib.texts import corpora, wheels
 
@@ -260,7 +261,10 @@ HUB_ROWS = {
         {"id": "y", "question": "Who barks?", "choices": ARC, "answerKey": "3"},
     ],
     "aeslc": [{"email_body": "See you\n\nat noon.", "subject_line": "Lunch\n"}],
-    "civil_comments": [{"text": "Well said.", "toxicity": 0.25, "insult": 0.0}],
+    "civil_comments": [
+        {"text": "Well said.", "toxicity": 0.25, "insult": 0.0},
+        {"text": "Well  said.", "toxicity": 0.5},
+    ],
     "tofu": [{"question": "Who wrote it?", "answer": "Nobody did."}],
 }
 HUB_FIRST = {
@@ -293,30 +297,44 @@ HUB_FIRST = {
 }
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of a hub's client that cannot reach the hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", corpora.HUB)
-def test_hub_corpora(monkeypatch, name):
-    asked = []
-
-    def load_dataset(*positions, **names):
-        asked.append((positions, names))
-        return datasets.Dataset.from_list(HUB_ROWS[name])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = corpora.load_corpus(name)
-    repository, config, split, revision = corpora.HUB[name]
-    assert asked == [((repository, config), {"split": split, "revision": revision})]
+def test_hub_corpora_are_read_from_the_files_of_their_revision(hub, name):
+    repository, revision, _ = corpora.HUB[name]
     assert re.fullmatch(r"[0-9a-f]{40}|refs/convert/parquet", revision)
+    store(hub, "datasets", repository, "0" * 40, data_files(name, [{"text": "another revision"}]))
+    store(hub, "datasets", repository, revision, data_files(name, HUB_ROWS[name]))
+    corpus = corpora.load_corpus(name)
     assert corpus.column_names == COLUMNS[name]
     assert corpus.to_list() == [{"id": f"{name}/00000"} | HUB_FIRST[name]]
 
 
-@pytest.mark.parametrize("name", corpora.HUB)
-def test_hub_corpora_offline_say_what_to_do(monkeypatch, name):
-    def load_dataset(*_, **__):
-        raise ConnectionError("Couldn't reach the hub")
+def test_files_of_one_split_are_read_in_their_order(hub):
+    rows = data_rows("civil_comments", 5)
+    store(hub, "datasets", *corpora.HUB["civil_comments"][:2], data_files("civil_comments", rows))
+    corpus = corpora.load_corpus("civil_comments")
+    assert corpus["text"] == [row["text"] for row in rows]
+    assert corpus["toxicity"] == [pytest.approx(row["toxicity"], rel=1e-6) for row in rows]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(wheels.DownloadError, match="Couldn't reach the hub") as caught:
+
+@pytest.mark.parametrize("name", corpora.HUB)
+def test_a_corpus_that_the_hub_does_not_have_any_more_is_an_error(hub, name):
+    repository, revision, pattern = corpora.HUB[name]
+    store(hub, "datasets", repository, revision, {"README.md": b""})
+    with pytest.raises(wheels.DownloadError, match=re.escape(f"it has no file {pattern}")):
+        corpora.load_corpus(name)
+
+
+@pytest.mark.parametrize("name", corpora.HUB)
+def test_hub_corpora_offline_say_what_to_do(hub, name):
+    with pytest.raises(wheels.DownloadError, match="Cannot find an appropriate cached snapshot") as caught:
         corpora.load_corpus(name)
     message = str(caught.value)
     for part in (repr(name), corpora.HUB[name][0], "HF_HUB_OFFLINE", "tales, socialiqa, maths, reuters, licences"):
@@ -324,7 +342,7 @@ def test_hub_corpora_offline_say_what_to_do(monkeypatch, name):
 
 
 def test_offline_corpora_need_no_hub(monkeypatch, loaded):
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(corpora, "snapshot_download", None)
     counts = collections.Counter({name: len(corpora.load_corpus(name)) for name in OFFLINE})
     assert counts == {"tales": 57, "socialiqa": 2_197, "maths": 2_000, "reuters": 5_423, "licences": 331}
 

@@ -15,7 +15,7 @@ from unlearnlib.book.figures import (
     show_source,
     use_style,
 )
-from unlearnlib.book.prose import tell
+from unlearnlib.book.prose import expect, tell
 
 __all__ = [
     "BLACK",
@@ -25,6 +25,7 @@ __all__ = [
     "PURPLE",
     "RED",
     "SKY",
+    "expect",
     "label_decades",
     "method_style",
     "plot_frontier",

@@ -21,7 +21,9 @@ from unlearnlib.curvature.kronecker import (
     layer_factors,
     second_moments,
 )
-from unlearnlib.curvature.kronecker_blocks import Block
+from unlearnlib.curvature.kronecker_blocks import Block, assign_owners
+from unlearnlib.curvature.kronecker_groups import kfac_in_groups
+from unlearnlib.curvature.kronecker_plan import plan
 from unlearnlib.curvature.krylov import (
     Lanczos,
     NegativeCurvature,
@@ -53,6 +55,7 @@ __all__ = [
     "OutputLayer",
     "Outputs",
     "StreamingFisher",
+    "assign_owners",
     "blocks_at_once",
     "conjugate_gradients",
     "cost_in_gradients",
@@ -62,8 +65,10 @@ __all__ = [
     "from_factors",
     "gram",
     "kfac",
+    "kfac_in_groups",
     "lanczos",
     "layer_factors",
+    "plan",
     "power_gain",
     "sampled_losses",
     "second_moments",

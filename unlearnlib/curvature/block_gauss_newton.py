@@ -113,7 +113,5 @@ class BlockGaussNewton(GaussNewton):
         return dict(r) if self.preconditioner is None else self.preconditioner.solve(r, damping)
 
     def _dots(self, a: Vector, b: Vector) -> dict[Names, float]:
-        return {
-            names: dot({name: a[name] for name in names}, {name: b[name] for name in names}).item()
-            for names in self.blocks
-        }
+        dots = [dot({name: a[name] for name in names}, {name: b[name] for name in names}) for names in self.blocks]
+        return dict(zip(self.blocks, torch.stack(dots).tolist(), strict=True))

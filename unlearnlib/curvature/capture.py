@@ -82,8 +82,8 @@ def capture(model: PreTrainedModel, layers: list[Layer], receive: Receive) -> It
     That happens layer by layer during the pass, the last layer first, and nothing is kept afterwards. The
     weights themselves are frozen within the block, which saves the work of their own gradients.
 
-    Raises NotImplementedError, in the forward pass, for an embedding or a norm that does more than its kind
-    says, and for a layer that is used twice in one pass.
+    Raises NotImplementedError for a layer that is used twice in one pass, and, before it hands on anything of a
+    pass, for an embedding or a norm that does more than its kind says.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     current = _Pass()
@@ -95,6 +95,7 @@ def capture(model: PreTrainedModel, layers: list[Layer], receive: Receive) -> It
         p.requires_grad_(False)
     try:
         yield
+        current.look()
     finally:
         for p in trainable:
             p.requires_grad_(True)
@@ -104,15 +105,29 @@ def capture(model: PreTrainedModel, layers: list[Layer], receive: Receive) -> It
 
 @dataclass
 class _Pass:
-    """What must be known of the forward pass under way: the number of sequences, and the layers used so far."""
+    """What must be known of the forward pass under way: the number of sequences, and the layers used so far.
+
+    ``plain`` has what is still to be looked at: layers, and whether they are what they seem, as tensors []. To
+    read one from an accelerator is to wait for it, so those of a pass are read at once.
+    """
 
     sequences: int = 0
     used: set[str] = field(default_factory=set)
+    plain: list[tuple[Layer, Tensor]] = field(default_factory=list)
 
     def begin(self, _embedding: nn.Module, args: tuple) -> None:
         """The tokens are looked up before anything else."""
         self.sequences = len(args[0])
         self.used.clear()
+
+    def look(self) -> None:
+        """Raise NotImplementedError naming the first layer that is not what it seems."""
+        layers, self.plain = self.plain, []
+        if layers and not torch.stack([plain for _, plain in layers]).all():
+            layer = next(layer for layer, plain in layers if not plain)
+            raise _unsupported(
+                layer.name, layer.module, f"is not the plain {layer.kind} layer that it seems to be"
+            )
 
 
 def _after_forward(
@@ -123,7 +138,7 @@ def _after_forward(
     if layer.name in current.used:
         raise _unsupported(layer.name, module, "is used twice in one forward pass")
     current.used.add(layer.name)
-    inputs, scale = _input(layer, args, kwargs, out.detach())
+    inputs, scale = _input(layer, current, args, kwargs, out.detach())
     if not out.requires_grad:  # the first trainable layer: from here on gradients are needed
         out.requires_grad_(True)
     n = current.sequences
@@ -133,6 +148,7 @@ def _after_forward(
     inputs = inputs.reshape(n, -1) if layer.kind == "embedding" else inputs.reshape(n, -1, inputs.shape[-1])
 
     def hand_on(gradient: Tensor) -> None:
+        current.look()
         gradient = gradient if scale is None else gradient * scale
         receive(layer, inputs, gradient.reshape(n, -1, gradient.shape[-1]))
 
@@ -140,10 +156,10 @@ def _after_forward(
     return out
 
 
-def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The layer's input in the form that :data:`Receive` describes, checked against the output.
+def _input(layer: Layer, current: _Pass, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The layer's input in the form that :data:`Receive` describes, to be looked at beside the output.
 
-    Also a factor by which an embedding multiplies what it reads [..., 1], or None where it does not.
+    Also a factor by which an embedding multiplies what it reads [..., 1], and None for other layers.
     """
     module, scale = layer.module, None
     if layer.kind == "linear":
@@ -156,8 +172,8 @@ def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor
             table = torch.stack([numbers, torch.ones_like(numbers)], dim=1)
             read = functional_call(module, {"weight": table}, args, kwargs)
             inputs = (read[..., 0] / read[..., 1]).nan_to_num().round().long()
-            again = weight[inputs[:1].clamp(0, len(weight) - 1)] * read[:1, ..., 1:].to(weight)
-            scale = None if (read[..., 1] == 1).all() else read[..., 1:].to(weight)
+            scale = read[..., 1:].to(weight)
+            again = weight[inputs[:1].clamp(0, len(weight) - 1)] * scale[:1]
         else:
             # A norm may have an offset, as (1 + w) · a has, and is tried where no weight is: at 0 and at 2.
             others = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
@@ -169,11 +185,10 @@ def _input(layer: Layer, args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor
                 again = again + module.bias
     # The first sequence speaks for all, and is quicker; norms round to float32, whatever they are asked for.
     out, tolerance = out[:1], 100 * max(torch.finfo(dtype).eps for dtype in (out.dtype, torch.float32))
+    size = out.abs()
+    same = ((again - out).abs() <= tolerance * (size + size.max())).all()
     # What is not finite cannot be compared: whoever uses the gradients finds it, and can name the sequence.
-    if out.isfinite().all() and not torch.allclose(
-        again, out, rtol=tolerance, atol=tolerance * out.abs().max().item()
-    ):
-        raise _unsupported(layer.name, module, f"is not the plain {layer.kind} layer that it seems to be")
+    current.plain.append((layer, same | ~out.isfinite().all()))
     return inputs, scale
 
 

@@ -1,23 +1,21 @@
 """GGᵀ and Gv as sums over the columns of G [m, d], a few columns at a time."""
 
-import math
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from unlearnlib.curvature.tiles import Tiles
 from unlearnlib.weights import Vector
 
 
-class ColumnSums:
+class ColumnSums(Tiles):
     """``gram`` = GGᵀ [m, m], of which the lower triangle is filled, and ``products`` = Gv [m], both in float64.
 
     A chunk of columns is made in ``buffer``, which has ``numbers`` numbers of the format ``dtype``, and added.
     """
 
     def __init__(self, m: int, numbers: int, dtype: torch.dtype, device: torch.device, v: Vector | None) -> None:
+        super().__init__(numbers, dtype, device)
         self.v = v
-        self.buffer = torch.empty(numbers, dtype=dtype, device=device)
         self.gram = torch.zeros(m, m, dtype=torch.float64, device=device)
         self.products = torch.zeros(m, dtype=torch.float64, device=device)
 
@@ -37,12 +35,3 @@ class ColumnSums:
                 self.gram[i:, i : i + 64] += some[i:] @ some[i : i + 64].T
             if self.v is not None:
                 self.products += some @ v[start : start + step]
-
-    def slices(self, total: int, numbers: int) -> Iterator[slice]:
-        """Cut ``total`` rows, which take ``numbers`` numbers each, into parts that fit the buffer."""
-        step = len(self.buffer) // numbers
-        return (slice(i, min(i + step, total)) for i in range(0, total, step))
-
-    def space(self, start: int, *shape: int) -> Tensor:
-        """A tensor of that shape within the buffer."""
-        return self.buffer[start : start + math.prod(shape)].view(shape)

@@ -11,6 +11,9 @@ from unlearnlib import distributed
 from unlearnlib.curvature.protocol import check_damping
 from unlearnlib.weights import Vector, flatten, unflatten
 
+COLUMNS = 2**24
+"""How many columns of G are multiplied at a time: CUDA's matrix products count them with 32 bits."""
+
 
 class FisherDual:
     """All of F, through the m × m matrix GGᵀ, which has the eigenvalues of GᵀG: no blocks, no recursion.
@@ -43,18 +46,24 @@ class FisherDual:
         """(F + λI)^p v."""
         check_damping(damping)
         row, gain = flatten(v), power_gain(self.eigenvalues, exponent, damping)
-        mixture = self.vectors @ (gain * (self.vectors.mT @ self._products(row).to(gain.dtype)))
-        return unflatten(damping**exponent * (row + self._combination(mixture.to(row.dtype))), v)
+        mixture = self.vectors @ (gain * (self.vectors.mT @ self._products(row)))
+        return unflatten(damping**exponent * (row + self._combination(mixture)), v)
 
     def _products(self, row: Tensor) -> Tensor:
-        """G v, [m]."""
-        products = self.gradients @ row[self.columns[distributed.rank()]]
+        """G v in float64, [m]."""
+        mine = row[self.columns[distributed.rank()]]
+        products = mine.new_zeros(len(self.gradients), dtype=torch.float64)
+        for part, x in zip(self.gradients.split(COLUMNS, dim=1), mine.split(COLUMNS), strict=True):
+            products += part @ x
         distributed.sum_over([products])
         return products
 
     def _combination(self, weights: Tensor) -> Tensor:
         """Gᵀw/m, [d]."""
-        return distributed.joined(weights @ self.gradients / len(self.gradients), self.columns[-1].stop)
+        change = self.gradients.new_empty(self.gradients.shape[1])
+        for part, out in zip(self.gradients.split(COLUMNS, dim=1), change.split(COLUMNS), strict=True):
+            torch.mv(part.T, weights.to(part.dtype), out=out)
+        return distributed.joined(change.div_(len(self.gradients)), self.columns[-1].stop)
 
 
 def power_gain(eigenvalues: Tensor, exponent: float, damping: float) -> Tensor:

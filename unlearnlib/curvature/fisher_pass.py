@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.kronecker_blocks import Block
-from unlearnlib.losses import batches, logits
+from unlearnlib.losses import logits, shared_batches
 
 PIECE = 2**22
 """How many numbers of the logits' shape are made at a time, where not all are needed at once."""
@@ -50,12 +50,14 @@ def receive_terms(
     layers = [layer for layer in find_layers(model) if layer.name in block_of]
 
     def hand_on(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
-        check_finite(gradient, start, f"the gradients at {layer.name!r}")
+        if not counted:
+            return
+        broken[f"the gradients at {layer.name!r}"] = not_finite(gradient)
         block = block_of[layer.name]
         if layer.module is not head:
             receive(block, layer, *sides(block, layer, inputs, gradient.to(block.eigenvalues.dtype)))
             return
-        if not torch.equal(gradient[0], residual[0].to(gradient)):
+        if start == mine.start and not torch.equal(gradient[0], residual[0].to(gradient)):
             raise NotImplementedError(f"the output of {layer.name!r} is not the logits: freeze its weights")
         _, right = sides(block, layer, inputs, residual.to(block.eigenvalues.dtype))
         for some in pieces(residual):
@@ -66,7 +68,7 @@ def receive_terms(
     # One number a token, drawn on the CPU: the same labels on every device and in batches of any size.
     uniform = torch.rand(sequences[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
     mine = distributed.share(len(sequences))
-    start = mine.start
+    start, divided = mine.start, distributed.are_divided(model.parameters())
     bar = tqdm(
         total=mine.stop - mine.start,
         desc="curvature",
@@ -76,13 +78,18 @@ def receive_terms(
         mininterval=1.0,
         disable=distributed.rank() > 0,
     )
-    with bar, distributed.together(), capture(model, layers, hand_on):
-        for batch in batches(model, sequences[mine]):
+    with bar, distributed.together(met_within=divided), capture(model, layers, hand_on):
+        for batch, counted in shared_batches(model, sequences):
+            if not counted:
+                logits(model, batch).sum().backward()
+                continue
             outputs, p = predictions(model, batch, start)
+            broken = {}  # looked at once a batch: an accelerator would have to wait every time
             labels = draw_labels(p, uniform[start : start + len(batch), :, None].to(p))
             drawn = p.gather(2, labels)
             residual = p.scatter_add_(2, labels, -torch.ones_like(drawn))
             torch.autograd.backward(outputs, residual)
+            check_finite(broken, start)
             outputs = p = residual = None  # with them goes what the layers read, before the next batch
             start += len(batch)
             bar.update(len(batch))
@@ -91,7 +98,7 @@ def receive_terms(
 def predictions(model: PreTrainedModel, batch: Tensor, start: int) -> tuple[GradientEdge, Tensor]:
     """Where a backward pass from the logits starts, and their softmax in at least float32, but not they."""
     z = logits(model, batch)
-    check_finite(z, start, "the predictions")
+    check_finite({"the predictions": not_finite(z)}, start)
     return get_gradient_edge(z), z.detach().softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
@@ -112,11 +119,16 @@ def pieces(x: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, tokens, step))
 
 
-def check_finite(x: Tensor, start: int, what: str) -> None:
-    """Raise FloatingPointError if ``x`` [n, tokens, width] of sequences from number ``start`` on is not finite."""
-    broken = ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
-    if broken.any():
-        sequence = start + int(broken.nonzero()[0])
+def not_finite(x: Tensor) -> Tensor:
+    """Which sequences of ``x`` [n, tokens, width] have something that is not finite, shape [n]."""
+    return ~x.detach().sum(dim=(1, 2), dtype=torch.float32).isfinite()
+
+
+def check_finite(broken: dict[str, Tensor], start: int) -> None:
+    """Raise FloatingPointError naming what is ``broken`` first, and its sequence, numbered from ``start`` on."""
+    if broken and torch.stack(list(broken.values())).any():
+        what, sequences = next((what, sequences) for what, sequences in broken.items() if sequences.any())
+        sequence = start + int(sequences.nonzero()[0])
         raise FloatingPointError(f"{what} are not finite for sequence {sequence}: are the weights damaged?")
 
 

@@ -93,8 +93,8 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     users: dict[str, list[Layer]] = {}
     for layer in find_layers(model):
         users.setdefault(layer.weight or layer.bias, []).append(layer)
-    shapes = {name: torch.empty_like(p, device="meta") for name, p in parameters(model).items()}
-    blocks, head = [], model.get_output_embeddings()
+    live, head, blocks = parameters(model), model.get_output_embeddings(), []
+    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in live.items()}
     for layers in users.values():
         names, first = [layers[0].weight, *(layer.bias for layer in layers)], layers[0]
         form = "row" if first.kind == "norm" else "transposed" if first.transposed else "plain"

@@ -50,7 +50,7 @@ class AllocatedBytes(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(found):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+            if isinstance(x, Tensor) and x.device.type != "meta" and x.untyped_storage()._cdata not in given:
                 self._add(x.untyped_storage())
         if function.overloadpacket is aten.any:
             self._faults.add(found.untyped_storage())
@@ -150,6 +150,7 @@ def _peak_bytes(fake: PreTrainedModel, sequences: Tensor, group: list[Block], co
 def _outline(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model that has the shapes of its tensors and no numbers."""
     device = "cpu" if model.device.type == "meta" else model.device
+    model = getattr(model, "outline", lambda: model)()  # where weights are divided among processes
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)

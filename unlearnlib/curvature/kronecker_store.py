@@ -79,7 +79,7 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in tensors.items():
         found.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(distributed.whole(x.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -17,7 +17,7 @@ from unlearnlib import distributed
 from unlearnlib.curvature.capture import Layer, capture, find_layers
 from unlearnlib.curvature.protocol import take
 from unlearnlib.losses import batches, log_probabilities, sequence_losses
-from unlearnlib.weights import Vector, parameters
+from unlearnlib.weights import Vector, check_whole, parameters
 
 GRADIENT_BYTES = 2**30
 """How much the gradients of single sequences may take that are held at a time, where all may not be needed."""
@@ -68,13 +68,16 @@ def each_gradient(
     """Call ``receive`` with each parameter's name and gradients [n, *shape], as soon as a backward pass has them.
 
     That is when all its uses are added up, which for a tied weight may be at the end. ``loss`` passes the batch
-    [n, tokens] through the model once; its first sequence has the number ``first`` in what is raised:
-    FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError as
-    :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no part in the loss.
+    [n, tokens] through the model once; its first sequence has the number ``first`` in what is raised, after the
+    pass: FloatingPointError naming the sequence whose gradient is not finite. Otherwise NotImplementedError for
+    sharded weights and as :func:`find_layers` and :func:`capture`, RuntimeError naming a parameter that takes no
+    part in the loss.
     """
+    check_whole(model, "each sequence's own gradient")
     layers = find_layers(model)
     missing = Counter(name for layer in layers for name in (layer.weight, layer.bias) if name)
     waiting: Vector = {}
+    finite = []  # one row [n] a parameter, looked at once: an accelerator would have to wait every time
 
     def add(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
         for name, part in layer_gradients(layer, inputs, gradient).items():
@@ -84,10 +87,7 @@ def each_gradient(
                 waiting[name] = total
                 continue
             precise = torch.promote_types(total.dtype, torch.float32)
-            finite = total.flatten(start_dim=1).sum(dim=1, dtype=precise).isfinite()
-            if not finite.all():
-                bad = first + int((~finite).nonzero()[0])
-                raise FloatingPointError(f"the gradient of sequence {bad} is not finite: are the weights damaged?")
+            finite.append(total.flatten(start_dim=1).sum(dim=1, dtype=precise).isfinite())
             receive(name, total)
 
     with capture(model, layers, add):
@@ -95,6 +95,10 @@ def each_gradient(
     unused = [name for name, uses in missing.items() if uses]
     if unused:
         raise RuntimeError(f"{unused[0]!r} takes no part in the loss: freeze it with requires_grad_(False)")
+    whole = torch.stack(finite).all(dim=0)
+    if not whole.all():
+        bad = first + int((~whole).nonzero()[0])
+        raise FloatingPointError(f"the gradient of sequence {bad} is not finite: are the weights damaged?")
 
 
 def gradient_batches(model: PreTrainedModel, sequences: Tensor, whole: bool = False) -> tuple[Tensor, ...]:

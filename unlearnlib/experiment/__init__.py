@@ -7,6 +7,7 @@ from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.inverse_fisher_time import inverse_fisher_seconds
+from unlearnlib.experiment.many_processes import in_processes, shared_updates
 from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.experiment.request_series import RequestSeries, broken_down
@@ -33,6 +34,7 @@ __all__ = [
     "follow_methods",
     "frontier_table",
     "get_profile",
+    "in_processes",
     "inverse_fisher_seconds",
     "make_cases",
     "measure_references",
@@ -41,6 +43,7 @@ __all__ = [
     "requests_of_sizes",
     "results_table",
     "shared_documents",
+    "shared_updates",
     "streaming_cost_of_smollm2",
     "sweeps_table",
 ]

@@ -55,6 +55,9 @@ INDELIBLE = {
     "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
 }
 
+# The processes of chapter 19 and widths and layers of its models, whose weights and sequences are random.
+MANY_GPUS = {"seeds": 1, "length": 49, "forget": 16, "m": 32, "processes": 2}
+
 # The model of chapter 12 and its sets are small, because private training is slow.
 PRIVATE = {
     "model": small_llama(1024, hidden_size=32, layers=2, context=64),
@@ -185,7 +188,7 @@ MOVED = FAIR_FIGHT | {
     "top": 4,
 }
 
-# The proxy of chapter 19 is to be cheap: smaller than the model, and trained for a shorter time.
+# The proxy of chapter 20 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
@@ -395,6 +398,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "numbers": (16, 32, 64, 128, 256),
             "more": (512,),
         },
+    },
+    "many_gpus": {
+        "quick": MANY_GPUS | {"sizes": ((48, 2), (96, 2), (192, 2))},
+        "cpu": MANY_GPUS | {"sizes": ((64, 2), (128, 4), (256, 4)), "m": 128},
+        "gpu": MANY_GPUS | {"vocabulary": 1024, "sizes": ((128, 4), (256, 4), (512, 4)), "m": 128},
     },
     "real_model": {
         "quick": REAL_MODEL
@@ -617,7 +625,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "proxy_training": Training(epochs=15, learning_rate=3e-3),
             "dampings": (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1),
         },
-        "gpu": OWN_MODEL | {"seeds": 3, "second_seeds": 1, "proxy": small_opt(50272, hidden_size=64)},
+        "gpu": OWN_MODEL
+        | {
+            "seeds": 3,
+            "second_seeds": 1,
+            "proxy": small_opt(50272, hidden_size=64),
+            "dampings": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),  # a pretrained model asks for little, see chapter 9
+        },
     },
 }
 

@@ -21,7 +21,7 @@ class Paper:
     A ``damping`` or ``ascent_rate`` of None is chosen by the rule of :mod:`unlearnlib.methods.tuning`.
     """
 
-    model: str = "facebook/opt-125m@27dcfa74d334bc871f3234de431e71c6eeba5dd6"
+    model: str = "facebook/opt-125m@1f44ae81e29a9f7525c8331302e5562e0d91f731"
     corpora: str = "lambada,piqa,mathqa,arc_easy"
     length: int = 128
     forget: int = 64

@@ -32,6 +32,8 @@ from unlearnlib.weights import Vector, difference, dot, set_weights, snapshot
 
 BLOCKS = 4
 """So many sets of kept sequences, each as large as the forget set, are left out in thought, at the most."""
+WIDENED = 6
+"""So many λ are tried beyond a grid, at the most."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,26 @@ class Strengths:
         return left_out_loss(0.0, gain, self.case.splits.forget.shape[0] / len(self.case.splits.train))
 
     def left_out(self) -> Target:
-        """Second order's own prediction, with the λ that is right for kept sequences."""
+        """Second order's own prediction, with the λ that is right for kept sequences.
+
+        Where that lies outside of the ``dampings``, more are tried, each ten times as far out.
+        """
         delta, _, blocks = self.gradients
-        predicted = torch.tensor(
-            [[self.rise(block, x) for x in self.dampings] for block in blocks], dtype=torch.float64
-        )
+
+        def predicted(*dampings: float) -> Tensor:
+            rises = [[self.rise(block, x) for x in dampings] for block in blocks]
+            return torch.tensor(rises, dtype=torch.float64).mean(dim=0)
+
         means = {name: values.double().mean().item() for name, values in self.losses.items()}
-        grid = torch.tensor(self.dampings, dtype=torch.float64)
-        damping = calibrated_damping(grid, predicted.mean(dim=0), means["holdout"] - means["retain"])
+        gap, grid, rises = means["holdout"] - means["retain"], self.dampings, predicted(*self.dampings)
+        for _ in range(WIDENED):
+            if gap > rises.max():
+                grid = (grid[0] / 10, *grid)
+                rises = torch.cat([predicted(grid[0]), rises])
+            elif gap < rises.min():
+                grid = (*grid, 10 * grid[-1])
+                rises = torch.cat([rises, predicted(grid[-1])])
+        damping = calibrated_damping(torch.tensor(grid, dtype=torch.float64), rises, gap)
         error = torch.tensor([self.rise(block, damping) for block in blocks]).std().item()
         return Target(means["forget"] + self.rise(delta, damping), error)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unlearnlib.losses import batches, log_probabilities
+from unlearnlib.losses import batched, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,20 @@ class Reading:
         return self.kl.double().mean().item()
 
 
-@torch.no_grad()
 def read(model: PreTrainedModel, sequences: Tensor, reference: PreTrainedModel | None = None) -> Reading:
     """All that one pass over ``sequences`` [n, tokens] tells of a model, and of its distance to a reference."""
-    parts = []
-    for batch in batches(model, sequences):
+
+    def columns(model: PreTrainedModel, batch: Tensor) -> Tensor:
         targets, q = batch[:, 1:].to(model.device), log_probabilities(model, batch)
-        part = [-q.gather(2, targets[..., None])[..., 0], q.argmax(dim=2) == targets]
+        found = [-q.gather(2, targets[..., None])[..., 0], (q.argmax(dim=2) == targets).to(q)]
         if reference is not None:
             p = log_probabilities(reference, batch)
-            part.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1))
-        parts.append([value.cpu() for value in part])
-    return Reading(*map(torch.cat, zip(*parts, strict=True)))
+            found.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=2).mean(dim=1, keepdim=True))
+        return torch.cat(found, dim=1)
+
+    predicted = sequences.shape[1] - 1
+    losses, hits, *kl = batched(columns, model, sequences).split(predicted, dim=1)
+    return Reading(losses.contiguous(), hits.bool(), *(divergences[:, 0] for divergences in kl))
 
 
 def membership(members: Reading, others: Reading) -> dict[str, float]:

@@ -15,6 +15,7 @@ from unlearnlib.curvature.per_sequence_gradients import sampled_losses
 from unlearnlib.methods.first_order import Loss
 from unlearnlib.methods.matching import Walk
 from unlearnlib.methods.walks import descend
+from unlearnlib.weights import check_whole
 
 
 class Sophia(torch.optim.Optimizer):
@@ -63,7 +64,9 @@ def bartlett_diagonal(model: PreTrainedModel, sequences: Tensor, generator: torc
     With labels drawn from the model (:func:`unlearnlib.curvature.per_sequence_gradients.sampled_losses`) the
     gradients gᵢ of the n ``sequences`` have mean zero and are independent, so that E[(Σ gᵢ)²] = Σ E[gᵢ²]: the
     square of the whole batch's gradient, over n, will do (Liu et al. 2024, algorithm 2). One tensor a parameter.
+    Raises NotImplementedError for sharded weights.
     """
+    check_whole(model, "Sophia's estimate of the curvature")
     live = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(sampled_losses(generator)(model, sequences).sum(), live)
     return [g.square() / len(sequences) for g in gradients]

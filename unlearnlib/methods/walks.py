@@ -31,12 +31,13 @@ def descend(
     streams = (_batches(forget, batch_size, seed), _batches(retain, batch_size, seed + 1))
     for forget_batch, retain_batch in zip(*streams, strict=True):
         value = loss(model, forget_batch, retain_batch)
-        if not math.isfinite(value.item()):
+        number = value.item()
+        if not math.isfinite(number):
             raise FloatingPointError("the loss is not finite any more: stop earlier or take smaller steps")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
-        yield value.item()
+        yield number
 
 
 def sgd_walk(

@@ -12,6 +12,7 @@ from unlearnlib.models.loading import (
     small_llama,
     small_opt,
 )
+from unlearnlib.models.sharding import load_sharded, save_model, shard
 from unlearnlib.models.training import Run, Training, load_trained, train, train_missing, training_record
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "half_precision",
     "has_bfloat16",
     "load_model",
+    "load_sharded",
     "load_tokenizer",
     "load_trained",
     "parameter_count",
+    "save_model",
+    "shard",
     "small_gpt2",
     "small_gpt_neox",
     "small_llama",

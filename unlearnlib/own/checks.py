@@ -1,7 +1,7 @@
 """Whether model, memory and disk allow an erasure request, as far as can be told before a weight is loaded."""
 
 import contextlib
-import functools
+import os
 import shutil
 from pathlib import Path
 
@@ -17,12 +17,9 @@ from unlearnlib.losses import MOST_SEQUENCES, batches
 from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE
 from unlearnlib.own.report import PROBED
-from unlearnlib.own.request import Request
+from unlearnlib.own.request import KRONECKER, Request
 from unlearnlib.own.targets import FEWEST
 from unlearnlib.own.texts import Material, read_material
-
-load = functools.partial(loading.load_model, use_safetensors=True)
-"""Load a user's model: as ``load_model``, but never pickled weights, which can run code."""
 
 
 def check_request(request: Request, device: torch.device) -> tuple[Material, int]:
@@ -153,21 +150,18 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     pass over sequences, with what a batch leaves for its backward pass, and the search for the strength. A batch
     is what :func:`unlearnlib.losses.batches` takes; the probe and gradient difference have sizes of their own.
     """
-    matrices = [
-        m.weight.shape for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
-    ]
+    matrices, inner = _matrices(model)
     vocabulary, width = model.get_output_embeddings().weight.shape
-    inner = [shape for shape in matrices if vocabulary not in shape]
     d, tokens = loading.parameter_count(model), request.length - 1
     # What one token leaves: the inputs and outputs of the layers, and logits, probabilities and their gradients.
     token = 1.25 * sum(map(sum, inner)) + 6 * vocabulary
     most = torch.empty(MOST_SEQUENCES, request.length, device="meta")
     at_a_time = len(batches(model, most)[0])
     batch, probe = at_a_time * tokens * token, PROBED // 2 * tokens * token
-    factors = sum(a * a + b * b for a, b in inner) + width**2
+    factors = _factor_numbers(model)
     # Kept during the pass, of the probe with its five copies of the weights at least; kept in the search.
     passing, search = 5 * d + max(probe, batch), 5 * d
-    if request.method in ("kfac", "kfac:difference", "ekfac", "fisher_forgetting"):
+    if request.method in KRONECKER:
         passing, search = 6 * d + max(probe, batch + factors), 9 * d + 2 * factors
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)
@@ -185,13 +179,29 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     return int(4 * max(passing, search + at_a_time * tokens * 4 * vocabulary))
 
 
+def _matrices(model: PreTrainedModel) -> tuple[list[torch.Size], list[torch.Size]]:
+    """The shapes of all matrices of weights, and of those that have no row or column for each word."""
+    shapes = [
+        m.weight.shape for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
+    ]
+    vocabulary = len(model.get_output_embeddings().weight)
+    return shapes, [shape for shape in shapes if vocabulary not in shape]
+
+
+def _factor_numbers(model: PreTrainedModel) -> int:
+    """How many numbers the Kronecker factors of all matrices have."""
+    return sum(a * a + b * b for a, b in _matrices(model)[1]) + model.get_output_embeddings().weight.shape[1] ** 2
+
+
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on the device, in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free on the device, in bytes; processes of one launcher that share it have a part each."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_room(request: Request, model: PreTrainedModel, needed: int, device: torch.device) -> None:
-    """Raise MemoryError or OSError if memory, or the disk at the output, is too small, with both numbers."""
+    """Raise MemoryError or OSError if memory, or the disk for what is written, is too small, with both numbers."""
     free = available_bytes(device)
     if needed > free:
         raise MemoryError(
@@ -199,12 +209,19 @@ def check_room(request: Request, model: PreTrainedModel, needed: int, device: to
             f"{free / 2**30:.1f} GiB are free: take a machine with more, a length below {request.length}, or "
             "gradient_ascent, which needs least"
         )
-    place = next(folder for folder in Path(request.output).resolve().parents if folder.is_dir())
-    disk, size = shutil.disk_usage(place).free, 4 * loading.parameter_count(model)
-    if size > disk:
-        raise OSError(
-            f"the output needs {size / 2**30:.1f} GiB of disk and {place} has {disk / 2**30:.1f} GiB free"
-        )
+    d = loading.parameter_count(model)
+    written = {"output": (request.output, 4 * d)}
+    if request.factors is not None:  # with eigenvalues, a matrix of its shape for each
+        written["folder of factors"] = (request.factors, 4 * (d + _factor_numbers(model)))
+    for name, (path, size) in written.items():
+        places = (Path(path).resolve(), *Path(path).resolve().parents)
+        place = next(folder for folder in places if folder.is_dir())
+        disk = shutil.disk_usage(place).free
+        more = size - sum(file.stat().st_size for file in Path(path).glob("*"))
+        if more > disk:
+            raise OSError(
+                f"the {name} needs {more / 2**30:.1f} GiB of disk and {place} has {disk / 2**30:.1f} GiB free"
+            )
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,11 +2,15 @@
 
 What the report says of the unlearned model is measured on the weights as they were written, loaded back from the
 folder. The folder takes its name last of all: it is there whole or not at all, and it replaces nothing.
+
+Of several processes (:mod:`unlearnlib.distributed`) all check and compute, and the first one writes.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearnlib import cache
+from unlearnlib import cache, distributed
 from unlearnlib.cost import Cost, Meter
 from unlearnlib.measures.evaluation import mean_kl
 from unlearnlib.measures.power import attack_power, detectable_auc
 from unlearnlib.methods.targets import Target
 from unlearnlib.models import loading
-from unlearnlib.own.checks import check_request, entries, load
+from unlearnlib.own.checks import check_request, entries
 from unlearnlib.own.methods import Outcome, unlearn
 from unlearnlib.own.rehearsal import rehearse
 from unlearnlib.own.report import PROBED, as_markdown, measure, pair
@@ -30,6 +34,8 @@ from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.targets import FEWEST, difficulties, estimate_targets
 from unlearnlib.own.texts import Material
 from unlearnlib.own.warnings import warnings_of
+
+logger = logging.getLogger(__name__)
 
 
 def fulfil(request: Request, device: torch.device | str | None = None) -> dict[str, Any]:
@@ -44,9 +50,14 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
     has no finite loss.
     """
     device = torch.device(device or loading.default_device())
-    with cache.new_folder(Path(request.output)) as folder:
-        material, needed = check_request(request, device)
-        rehearse(request, material, device)
+    output, first = Path(request.output), distributed.rank() == 0
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            folder = held.enter_context(cache.new_folder(output)) if first else cache.unfinished(output)
+            with distributed.alone():
+                logger.info("reading and checking")
+                material, needed = check_request(request, device)
+                rehearse(request, material, device)
         sources = {"reference": request.reference, "before": request.model}
         measured = {
             name: _inspect(source, material, request, device) for name, source in sources.items() if source
@@ -82,6 +93,7 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
             "sets": _sets(material, request, measured, estimates, source),
             "measures": {name: measured[name] for name in ("before", "after", "reference") if name in measured},
             "cost": {
+                "processes": distributed.size(),
                 "seconds": cost.seconds,
                 "plain_passes": cost.plain_passes,
                 "peak_bytes": cost.peak_bytes,
@@ -90,8 +102,9 @@ def fulfil(request: Request, device: torch.device | str | None = None) -> dict[s
             "notes": material.notes,
         }
         report["warnings"] = [*material.warnings, *warnings_of(report)]
-        (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
+        if first:
+            (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
     return report
 
 
@@ -169,7 +182,8 @@ def _write_unlearned(
     folder: Path, material: Material, request: Request, target: float | None, device: torch.device
 ) -> tuple[Outcome, Cost, str]:
     """Unlearn a copy of the model and write it in its source's number format, whose name is returned last."""
-    model = load(request.model, dtype="auto", device=device)
+    logger.info("unlearning with %s", request.method)
+    model = _loaded(request.model, device, dtype="auto")
     dtype = model.dtype
     model.float()
     with Meter(device) as meter:
@@ -180,9 +194,12 @@ def _write_unlearned(
         raise FloatingPointError(
             f"the unlearned model has no finite loss, or weights too large for {name}: take a smaller strength"
         )
-    _drop_foreign_code(model, material.tokenizer)
-    model.save_pretrained(folder)
-    material.tokenizer.save_pretrained(folder)
+    logger.info("writing the unlearned model")
+    with distributed.together():  # nobody reads it before it is written
+        if distributed.rank() == 0:
+            _drop_foreign_code(model, material.tokenizer)
+            model.save_pretrained(folder)
+            material.tokenizer.save_pretrained(folder)
     return outcome, meter.cost, name
 
 
@@ -194,8 +211,15 @@ def _drop_foreign_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 def _inspect(source: str | Path, material: Material, request: Request, device: torch.device) -> dict[str, Any]:
     """Load a model, measure it and let go of it: of all models one at a time is in memory."""
-    return measure(load(source, device=device), material, request.learning_rate)
+    logger.info("measuring %s", "the unlearned model" if isinstance(source, Path) else source)
+    return measure(_loaded(source, device), material, request.learning_rate)
+
+
+def _loaded(source: str | Path, device: torch.device, **settings: Any) -> PreTrainedModel:
+    """A model that all processes have, or none."""
+    with distributed.together():
+        return loading.load_model(source, device=device, **settings)
 
 
 def _divergence(first: str | Path, second: str | Path, sequences: Tensor, device: torch.device) -> float:
-    return mean_kl(*(load(source, device=device) for source in (first, second)), sequences)
+    return mean_kl(*(_loaded(source, device) for source in (first, second)), sequences)

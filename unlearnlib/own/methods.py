@@ -1,7 +1,9 @@
 """What an erasure request does to the weights: each method in a few lines, over any model."""
 
 import itertools
+import logging
 import math
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
+from unlearnlib.curvature.kronecker_groups import kfac_in_groups
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.contenders import DAMPINGS, WEIGHTS
 from unlearnlib.losses import mean_loss
@@ -32,6 +35,8 @@ from unlearnlib.methods.tuning import Knobs
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
+
+logger = logging.getLogger(__name__)
 
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
@@ -63,12 +68,14 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     if request.method == "gradient_difference":
         return _descend(model, material, request, target)
     forget = material.forget
+    logger.info("differentiating the loss on %d sequences to forget", len(forget))
     start, delta = snapshot(model), ascent_direction(model, forget)
     if request.method == "gradient_ascent":
         return Outcome(_go(Line(model, delta, forget, start), request, target))
     gradient = ascent_direction(model, material.estimation)  # g
     if request.method == "kfac:difference":
         delta = difference(delta, gradient)
+    logger.info("building the curvature of %d sequences to keep", len(material.estimation))
     curvature = build_curvature(model, material.estimation, request, delta)
 
     def path(damping: float) -> Line:
@@ -104,6 +111,7 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
     set_weights(model, start)
     walk = path(**setting)
     if target is not None:
+        logger.info("walking to a forget loss of %.3f nats", target)
         return Outcome(walk.to(target), setting, choice)
     for _ in itertools.islice(walk.steps, int(request.strength)):
         pass
@@ -116,8 +124,11 @@ def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request,
         return FisherDiagonal(model, sequences)
     if request.method == "fisher_dual":
         return StreamingFisher(model, sequences, v=delta)
-    build = kronecker.ekfac if request.method == "ekfac" else kronecker.kfac
-    return build(model, sequences, seed=request.seed)
+    corrected = request.method == "ekfac"
+    if request.factors is not None:
+        folder = pathlib.Path(request.factors)
+        return kfac_in_groups(model, sequences, seed=request.seed, corrected=corrected, folder=folder)
+    return (kronecker.ekfac if corrected else kronecker.kfac)(model, sequences, seed=request.seed)
 
 
 def _chosen(
@@ -126,6 +137,7 @@ def _chosen(
     """The setting by :func:`unlearnlib.methods.choose`; that of the grids' middles if there is nothing to do."""
     if mean_loss(model, material.forget) >= goal - TOLERANCE:
         return {name: grid[len(grid) // 2] for name, grid in knobs.items()}, None
+    logger.info("choosing %s on %d sequences", " and ".join(knobs), len(material.validation))
     choice = choose(knobs, path, material.validation, goal)
     return choice.setting, choice
 
@@ -133,6 +145,7 @@ def _chosen(
 def _go(line: Line, request: Request, target: float | None) -> Match:
     """Take a line to the target, or as far as the request's strength says."""
     if target is not None:
+        logger.info("searching the strength for a forget loss of %.3f nats", target)
         return line.to(target)
     line.go(request.strength)
     return _end(line.model, line.forget, request.strength)

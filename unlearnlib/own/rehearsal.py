@@ -5,20 +5,25 @@ No list says which architectures a method can work on. It is tried, and where it
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature import kronecker
+from unlearnlib.curvature.kronecker_store import FactorStore, settings_of
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
 from unlearnlib.methods.first_order import ascent_direction
-from unlearnlib.own.checks import load
+from unlearnlib.models.loading import load_model
 from unlearnlib.own.methods import build_curvature
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.texts import Material
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """By so much of the largest logit a prediction may depend on rounding."""
@@ -33,10 +38,12 @@ def rehearse(request: Request, material: Material, device: torch.device) -> None
     """
     two = torch.cat([material.forget[:1], material.retain[:1]])
     for source in filter(None, (request.reference, request.model)):  # the model last: its method is tried, too
-        model = load(source, device=device)
+        logger.info("rehearsing with %s on two sequences", source)
+        model = load_model(source, device=device)
         check_measuring(model, two, source)
         if source == request.model:
             check_method(model, two, request)
+            check_factors(model, material.estimation, request)
         del model  # before the next is loaded
 
 
@@ -85,13 +92,25 @@ def check_method(model: PreTrainedModel, two: Tensor, request: Request) -> None:
     raise NotImplementedError(f"{request.method} cannot work on {request.model} ({failure}): {advice}")
 
 
+def check_factors(model: PreTrainedModel, sequences: Tensor, request: Request) -> None:
+    """Raise ValueError if the request's folder of factors has something else, or OSError if it cannot be used."""
+    if request.factors is None:
+        return
+    folder = Path(request.factors)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        FactorStore(folder, settings_of(model, sequences, request.seed, request.method == "ekfac"))
+
+
 def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> None:
     """What a method does to a model, without what takes long, eigendecompositions, and without any change."""
     if method == "gradient_difference":
         return  # nothing but what measuring does, too
     delta = ascent_direction(model, two)
     if method in ("fisher_diagonal", "fisher_dual"):
-        build_curvature(model, two, dataclasses.replace(request, method=method), delta).solve(delta, 1.0)
+        build_curvature(model, two, dataclasses.replace(request, method=method, factors=None), delta).solve(
+            delta, 1.0
+        )
     elif method != "gradient_ascent":
         kronecker.layer_factors(model, two)
         if method == "ekfac":

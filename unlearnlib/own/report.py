@@ -124,13 +124,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         target += f" ({result['target_from']})"
     setting = "".join(f", {NAMES[name]} = {value:g}" for name, value in result["setting"].items())
     peak, estimate = cost["peak_bytes"] / 2**30, cost["estimated_bytes"] / 2**30
+    processes = f", of the first of {cost['processes']} processes" if cost["processes"] > 1 else ""
     lines += [
         "",
         f"Strength: {result['strength']:g} ({result['unit']}){setting}. Target: {target}, "
         f"{'reached' if result['reached'] else 'not reached'}. Weights written in {result['dtype']}.",
         f"Divergence from the model before, on retained texts: {result['kl_validation']:.4f} nats a token.",
         f"Cost: {cost['seconds']:.1f} s, {cost['plain_passes']:.0f} plain passes, "
-        f"{peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated).",
+        f"{peak:.2f} GiB at the peak ({estimate:.2f} GiB estimated){processes}.",
         "",
         *_sets_text(report["sets"]),
         *_power_text(result),

@@ -18,6 +18,8 @@ STRENGTHS = {
     "fisher_forgetting": "step length along (C + λI)⁻¹Δ, C by K-FAC, from weights with noise",
 }
 """The methods, and the unit in which each one's strength is a number."""
+KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting")
+"""The methods that build Kronecker factors."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Request:
     Texts are cut into sequences of ``length`` tokens. ``damping`` is λ and ``retain_weight`` the weight of what
     stays in gradient difference; None has either chosen on the validation part of the retained texts. ``noise`` is
     the length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for
-    gradient difference and the probe.
+    gradient difference and the probe. ``factors`` is a folder where Kronecker factors are kept as they are built
+    and found again: by the same request if it was interrupted, or by a later one of the same model and texts to
+    keep.
 
     Raises ValueError for settings that cannot be, FileExistsError if the output exists.
     """
@@ -55,12 +59,23 @@ class Request:
     noise: float = 1e-2
     learning_rate: float = 2e-5
     seed: int = 0
+    factors: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "forget_file", "retain_file", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: every request needs a model, two files and an output folder")
-        for name in ("model", "reference", "forget_file", "retain_file", "holdout_file", "secrets", "output"):
+        names = (
+            "model",
+            "reference",
+            "forget_file",
+            "retain_file",
+            "holdout_file",
+            "secrets",
+            "output",
+            "factors",
+        )
+        for name in names:
             value = getattr(self, name)
             if isinstance(value, int | float):  # what papermill makes of a name of digits, with zeros lost
                 raise ValueError(f"{name} must be a name, not the number {value}: write it with ./ before it")
@@ -94,6 +109,10 @@ class Request:
                 )
             if self.retain_weight is None:
                 raise ValueError("a number of steps of gradient_difference needs a retain_weight to go with it")
+        if self.factors is not None and self.method not in KRONECKER:
+            raise ValueError(
+                f"{self.method} has no Kronecker factors: leave factors out, or choose {' or '.join(KRONECKER)}"
+            )
         for name in ("target_loss", "damping", "retain_weight", "noise", "learning_rate"):
             if not (getattr(self, name) is None or _positive(getattr(self, name))):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
@@ -125,7 +144,7 @@ class Request:
         ``hashes`` are those of the files' bytes as they were read, by what is in them.
         """
         settings = {name: value for name, value in asdict(self).items() if not name.endswith(("_file", "_files"))}
-        del settings["secrets"], settings["output"]
+        del settings["secrets"], settings["output"], settings["factors"]
         for name in ("model", "reference"):
             if settings[name] and Path(settings[name]).is_dir():
                 settings[name] = Path(settings[name]).resolve().name
@@ -133,16 +152,21 @@ class Request:
         return settings | {"files": files}
 
     def check_output(self) -> None:
-        """Raise FileExistsError if the output exists, ValueError if it lies within a model's folder.
+        """Raise FileExistsError if the output exists, ValueError if what is written lies where it must not.
 
+        That is, output or factors within a model's folder, or factors within the output.
         This is a first look: :func:`unlearnlib.cache.new_folder` holds the place while the work is done.
         """
         output = Path(self.output)
         if os.path.lexists(output):
             raise FileExistsError(f"the output {output} exists and is never overwritten: name a new folder")
+        written = {"output": output} | ({"factors": Path(self.factors)} if self.factors else {})
         for source in filter(None, (self.model, self.reference)):
-            if Path(source).is_dir() and Path(source).resolve() in output.resolve().parents:
-                raise ValueError(f"the output {output} lies within {source}, which must not change: move it")
+            for name, place in written.items():
+                if Path(source).is_dir() and place.resolve().is_relative_to(Path(source).resolve()):
+                    raise ValueError(f"the {name} {place} lies within {source}, which must not change: move it")
+        if self.factors and Path(self.factors).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"the factors {self.factors} lie within the output, which is made last: move them")
 
 
 def _expanded(name: str | Path) -> str:

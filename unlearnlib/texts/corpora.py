@@ -15,10 +15,13 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow.parquet
+from huggingface_hub import snapshot_download
 
 from unlearnlib.texts.wheels import (
     EVALS,
@@ -206,16 +209,16 @@ _READERS = (
 )
 CORPORA: dict[str, Callable[[], list[Row]]] = {reader.__name__: reader for reader in _READERS}
 
-# Repository on the hub, configuration, split, revision. All are Parquet or JSON files: no code is loaded.
-HUB: dict[str, tuple[str, str | None, str, str]] = {
-    "lambada": ("EleutherAI/lambada_openai", "en", "test", "900124bf3b8235c6daf21033af9948b3f07346c4"),
-    "piqa": ("baber/piqa", None, "train", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
+# Repository on the hub, revision, and the files of the split that is read: Parquet or lines of JSON, never code.
+HUB: dict[str, tuple[str, str, str]] = {
+    "lambada": ("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4", "en/test/*.parquet"),
+    "piqa": ("baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", "piqa_train.parquet"),
     # The hub's own conversion to Parquet, which can move: no commit of this repository is on record.
-    "mathqa": ("swiss-ai/math_qa", None, "train", "refs/convert/parquet"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "train", "210d026faf9955653af8916fad021475a3f00453"),
-    "aeslc": ("Yale-LILY/aeslc", None, "train", "2305f2e63b68056f9b9037a3805c8c196e0d5581"),
-    "civil_comments": ("google/civil_comments", None, "test", "f2970eb3a55777454c94069077cc8d9b5866312d"),
-    "tofu": ("locuslab/TOFU", "full", "train", "324592d84ae4f482ac7249b9285c2ecdb53e3a68"),
+    "mathqa": ("swiss-ai/math_qa", "refs/convert/parquet", "*/train/*.parquet"),
+    "arc_easy": ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", "ARC-Easy/train-*.parquet"),
+    "aeslc": ("Yale-LILY/aeslc", "2305f2e63b68056f9b9037a3805c8c196e0d5581", "data/train-*.parquet"),
+    "civil_comments": ("google/civil_comments", "f2970eb3a55777454c94069077cc8d9b5866312d", "data/test-*.parquet"),
+    "tofu": ("locuslab/TOFU", "324592d84ae4f482ac7249b9285c2ecdb53e3a68", "full.json"),
 }
 
 ABOUT: dict[str, About] = {
@@ -307,10 +310,18 @@ def _forget_reasoning_gym() -> dict[str, types.ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _hub(name: str) -> datasets.Dataset:
-    repository, config, split, revision = HUB[name]
+def _hub(name: str) -> list[Row]:
+    """The rows of a corpus on the hub, from the files of its revision, fetched once or found in the hub's cache.
+
+    ``datasets.load_dataset`` would, offline, take whatever revision it has loaded last.
+    """
+    repository, revision, pattern = HUB[name]
     try:
-        return datasets.load_dataset(repository, config, split=split, revision=revision)
+        folder = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=pattern)
+        files = sorted(Path(folder).glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"it has no file {pattern}")
+        return [row for file in files for row in _rows(file)]
     except Exception as error:  # the hub's client raises many types, from sockets to missing cache entries
         raise DownloadError(
             f"Cannot load the corpus {name!r} from the Hugging Face hub ({repository}, revision {revision}): "
@@ -318,3 +329,9 @@ def _hub(name: str) -> datasets.Dataset:
             f"(the hub's client keeps a copy); or use a corpus that needs no hub: "
             f"{', '.join(key for key in CORPORA if key not in HUB)}."
         ) from error
+
+
+def _rows(file: Path) -> list[Row]:
+    if file.suffix == ".parquet":
+        return pyarrow.parquet.read_table(file).to_pylist()
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
