@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -6,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearnlib import cost
+from unlearnlib.book import roofline
 from unlearnlib.book.roofline import Machine, Route, Shape, Stage, routes
 from unlearnlib.curvature import (
     fisher_diagonal,
@@ -13,6 +16,7 @@ from unlearnlib.curvature import (
     fisher_dual_streaming,
     fisher_recursion,
     kronecker,
+    kronecker_plan,
     newton,
     per_sequence_gradients,
 )
@@ -200,7 +204,83 @@ def test_memory_is_predicted(case):
         assert theory[method].peak_bytes == pytest.approx(measured, rel=0.2), method
 
 
+# Groups and several processes
+
+
+def test_groups_fill_the_room_and_only_late_ones_save_a_part_of_the_backward_pass():
+    shape = Shape(8, 64, 2, 512, 48, tokens=7)
+    whole = routes(shape, M, forget=M, room=1e12)["kfac"]
+    pieces = routes(shape, M, forget=M, room=0.7 * whole.peak_bytes)["kfac"]
+    assert pieces.groups > 1
+    assert pieces.peak_bytes <= 0.7 * whole.peak_bytes
+    assert pieces.host_bytes == 4 * sum(x.bases + x.size for x in shape.matrices())
+    by_kind = [
+        {
+            kind: sum(stage.flops for stage in route.stages if stage.kind == kind)
+            for kind in ("model", "float32", "eigen")
+        }
+        for route in (whole, pieces)
+    ]
+    assert by_kind[0]["eigen"] == by_kind[1]["eigen"]
+    assert by_kind[0]["float32"] == pytest.approx(by_kind[1]["float32"])
+    passes = by_kind[1]["model"] / (M * shape.forward)
+    assert pieces.groups + 1 < passes < 2 * pieces.groups
+    assert by_kind[0]["model"] == 2 * M * shape.forward
+
+
+def test_the_plan_of_the_library_finds_as_many_groups(case):
+    model, sequences, _ = case
+    sequences, short = sequences[:, :5], replace(SHAPE, tokens=4)  # so that factors are most of what is in memory
+    for corrected, name in ((False, "kfac"), (True, "ekfac")):
+        budget = int(0.7 * routes(short, M, forget=M, room=1e12)[name].peak_bytes)
+        found = kronecker_plan.plan(model, sequences, budget, corrected)
+        expected = routes(short, M, forget=M, room=budget)[name]
+        assert abs(expected.groups - len(found.groups)) <= 1, name
+        assert expected.peak_bytes == pytest.approx(found.peak_bytes, rel=0.2), name
+
+
+def test_what_is_exchanged_is_the_bytes_of_gradients_factors_and_solutions():
+    def link(route):
+        return sum(stage.traffic for stage in route.stages if stage.kind == "link")
+
+    alone, four = routes(SHAPE, M, forget=M), routes(SHAPE, M, forget=M, processes=4)
+    assert all(link(route) == 0 for route in alone.values())
+    assert link(four["gradient"]) == 2 * 3 / 4 * 4 * SHAPE.d
+    assert link(four["kfac:request"]) == (2 * 3 / 4 + 1) * 4 * SHAPE.d
+    linear = sum(4 * (x.rows**2 + x.columns**2) for x in SHAPE.matrices() if x.left)
+    tables = 4 * (2 * (VOCABULARY + WIDTH**2) + CONTEXT + 2 + WIDTH**2)
+    assert link(four["kfac"]) == linear + tables
+    assert four["fisher_dual:streaming"] == alone["fisher_dual:streaming"]  # which nobody shares
+
+
+def test_processes_divide_passes_and_decompositions():
+    alone, two = (routes(SHAPE, 64, forget=M, processes=n)["kfac"] for n in (1, 2))
+
+    def flops(route, kind):
+        return sum(stage.flops for stage in route.stages if stage.kind == kind)
+
+    assert flops(two, "model") == flops(alone, "model") / 2
+    assert flops(alone, "eigen") / 2 <= flops(two, "eigen") <= flops(alone, "eigen") * 2 / 3
+
+
+def test_sharded_weights_are_gathered_in_every_pass_and_not_held():
+    large = Shape(32, 2560, 32, 50272, 2048, tokens=63)
+    whole, parts = (routes(large, 64, forget=M, number=2, processes=4, sharded=s) for s in (False, True))
+    assert parts.keys() == set(roofline.SHARDED)
+    [gathered] = [stage for stage in parts["gradient"].stages if stage.kind == "link"]
+    batches = 1  # of the 16 sequences that a process has
+    assert gathered.traffic == 3 * batches * 3 / 4 * 2 * large.d
+    assert parts["gradient"].peak_bytes < whole["gradient"].peak_bytes
+
+
 # Machines
+
+
+def test_messages_take_their_bytes_and_a_while_each_and_a_missing_link_is_an_error():
+    machine = Machine({"model": 10.0}, bandwidth=2.0, start=0.5, host=4.0, link=5.0, latency=0.25)
+    assert machine.seconds(Route([Stage("link", 0, 20, 8), Stage("host", 0, 20)], 0)) == 4 + 2 + 5
+    with pytest.raises(ValueError, match="link"):
+        Machine({"model": 10.0}, bandwidth=2.0, start=0.5).seconds(Route([Stage("link", 0, 1)], 0))
 
 
 def test_a_stage_waits_for_arithmetic_or_for_memory_and_stages_add_up():

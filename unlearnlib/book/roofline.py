@@ -238,6 +238,7 @@ def routes(
 
     The constants of memory count the tensors that are alive at the peak, in this library's code.
     """
+    alone = routes(shape, m, forget, number, batch, block, budget) if processes > 1 and not sharded else {}
     d, t, h, trained = shape.d, shape.tokens, shape.width, min(batch, m)
     mine, forget = math.ceil(m / processes), math.ceil(forget / processes)  # sequences of one process
     batch = max(1, min(batch, mine, MOST_LOGITS // (t * shape.vocabulary)))  # as unlearnlib.losses.batches does
@@ -381,8 +382,7 @@ def routes(
         ),
     }
     if processes > 1:
-        whole = routes(shape, m, forget, number, batch, block, budget)
-        return found | {name: whole[name] for name in WHOLE}
+        return found | {name: alone[name] for name in WHOLE}
 
     own_gradients = 2 * m * t * (shape.linear + shape.head)
     own_gram = float32(own_gradients + 2 * lower_triangle(m, 64) * d, 2 * m * d * 4)
