@@ -1,8 +1,10 @@
 """What each of several processes does in ``test_distributed.py``: all of it together, and all of it alone.
 
+On CPUs, or on the device that ``UNLEARNLIB_TEST_DEVICE`` names, a GPU each.
 Run by torchrun. Prints nothing if everything agrees, and ends with an error if anything does not.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from unlearnlib import curvature, distributed, methods, weights
 from unlearnlib.curvature.kronecker_groups import kfac_in_groups
 from unlearnlib.losses import batched, mean_loss, sequence_losses
 
+DEVICE = os.environ.get("UNLEARNLIB_TEST_DEVICE") or "cpu"
 FORGET, RETAIN = random_sequences(5, seed=1), random_sequences(7, seed=2)
 DAMPING = 1e-3
 
@@ -62,7 +65,7 @@ def owned_bytes(built):
 
 def agree(folder):
     for architecture in ("gpt2",) if distributed.size() > 2 else ("llama", "opt"):
-        model = tiny_model(architecture)
+        model = tiny_model(architecture, device=DEVICE)
         with distributed.alone():
             expected, whole = measured(model), curvature.ekfac(model, RETAIN)
         compare(measured(model), expected)
@@ -80,7 +83,7 @@ def agree(folder):
 
 def broken(folder):
     """One process's share has a sequence whose loss is not finite: all end with the message that names it."""
-    model = tiny_model()
+    model = tiny_model(device=DEVICE)
     if distributed.rank() == distributed.size() - 1:  # whose last sequence is number 6
         with torch.no_grad():
             model.get_output_embeddings().weight.fill_(torch.nan)
@@ -91,10 +94,10 @@ def gone(folder):
     """One process ends without a word while the others wait for it."""
     if distributed.rank() == 1:
         sys.exit(7)
-    methods.ascent_direction(tiny_model(), FORGET)
+    methods.ascent_direction(tiny_model(device=DEVICE), FORGET)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.started("cpu"):
+    with distributed.started(DEVICE):
         {"agree": agree, "broken": broken, "gone": gone}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,9 +1,10 @@
 """All that the book can prove on a GPU, by one command: ``python -m unlearnlib.book.on_gpu --out FOLDER``.
 
 Three parts, from the folder of the book. ``equality``: every algorithm gives on the device what it gives on the
-CPU. ``chapters``: the notebooks run at profile quick, where models are loaded onto the device; their tables can be
-compared with those of a CPU. ``scale``: seconds and bytes of the routes at the size of OPT-125M to OPT-2.7B, with
-random weights, beside what chapter 18's cost model says. Nothing is downloaded for the first and the last.
+CPU; where there are three devices or more, several processes find what one finds. ``chapters``: the notebooks run
+at profile quick, where models are loaded onto the device; their tables can be compared with those of a CPU.
+``scale``: seconds and bytes of the routes at the size of OPT-125M to OPT-2.7B, with random weights, beside what
+chapter 18's cost model and the planner of K-FAC in groups say. Nothing is downloaded for the first and the last.
 """
 
 import argparse
@@ -33,6 +34,8 @@ def equality(root: Path, out: Path, device: torch.device, at_once: int) -> bool:
     """Run the tests of all algorithms on ``device``; write what each of them was off by. True if all agree."""
     report = out / "equality.xml"
     command = [sys.executable, "-m", "pytest", "tests/test_accelerator.py", "-v", "-p", "no:cacheprovider"]
+    if device.type == "cuda" and torch.cuda.device_count() >= 3:
+        command.append("tests/test_distributed.py")
     command += ["-n", str(at_once), f"--junitxml={report}", "-o", "junit_family=xunit1"]
     named = {"UNLEARNLIB_TEST_DEVICE": device.type, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=root, env=os.environ | named, check=False)
@@ -48,7 +51,8 @@ def read_report(path: Path) -> pd.DataFrame:
     rows = []
     for case in ElementTree.parse(path).iter("testcase"):
         name = case.get("name", "").partition("[")[2].removesuffix("]")
-        method, architecture, precision = name.rsplit("-", 2) if name else (case.get("name"), "", "")
+        parts = name.rsplit("-", 2)
+        method, architecture, precision = parts if len(parts) == 3 else (case.get("name"), "", "")
         errors = [float(p.get("value")) for p in case.iter("property") if p.get("name") == "error"]
         ended = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
         row = {"method": method, "architecture": architecture, "precision": precision.removeprefix("torch.")}

@@ -7,6 +7,7 @@ ask what the weights are, and nothing is downloaded. What runs out of memory is 
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,11 @@ BUDGET = 2**30
 """Bytes that the streaming form may use for its chunks."""
 DAMPING = 1e-3
 FACTORS_ONLY = "kfac:factors"
+IN_GROUPS = "kfac:groups"
+BUS = 25e9
+"""Bytes a second to the host's memory: four fifths of what PCIe 4.0 with 16 lanes carries in one direction."""
+ROOM = 30 * 2**30
+"""Bytes beside the weights within which :data:`IN_GROUPS` is built: a group or two of OPT-2.7B's matrices."""
 LONG = 2.0
 """Seconds after which a first time counts, though all that is done once is in it."""
 
@@ -99,6 +105,7 @@ PLAN = (
     Task("OPT-1.3B", FACTORS_ONLY, 64),
     *(Task("OPT-125M", method, 64) for method in ("gauss_newton_product", "hessian_product")),
     Task("OPT-2.7B", FACTORS_ONLY, 64),
+    *(Task(model, IN_GROUPS, 64) for model in OPT),
 )
 """In the order of what matters most, should there be no time for the rest."""
 
@@ -117,7 +124,7 @@ def card_machine(card: str, task: Task | None = None) -> roofline.Machine | None
             whole = task is not None and task.precision == "float32"
             flops = {"model": 0.7 * single if whole else 0.5 * half, "float32": 0.7 * single}
             flops |= {"float64": 0.7 * double, "eigen": 0.05 * double}
-            return roofline.Machine(flops, 0.8 * bandwidth, start=0.15e-3, asynchronous=True)
+            return roofline.Machine(flops, 0.8 * bandwidth, start=0.15e-3, asynchronous=True, host=BUS)
     return None
 
 
@@ -171,6 +178,7 @@ def prepare(model: PreTrainedModel, method: str, sequences: Tensor, forget: Tens
         "fisher_diagonal": curvature.FisherDiagonal,
         "kfac": curvature.kfac,
         "ekfac": curvature.ekfac,
+        IN_GROUPS: partial(curvature.kfac_in_groups, budget_bytes=ROOM),
         FACTORS_ONLY: layer_factors,
     }
     return lambda: functions[method](model, sequences)
@@ -179,8 +187,9 @@ def prepare(model: PreTrainedModel, method: str, sequences: Tensor, forget: Tens
 def predict(task: Task, shape: roofline.Shape, forget: int, card: str) -> dict[str, float]:
     """Seconds and peak bytes by the cost model; empty where it has no such route or does not know the card."""
     settings = {"number": task.dtype.itemsize, "block": BLOCK, "budget": BUDGET}
+    settings |= {"room": ROOM} if task.method == IN_GROUPS else {}
     routes = roofline.routes(shape, task.m, forget, **settings)
-    name = {"ascent": "gradient", FACTORS_ONLY: "kfac"}.get(task.method, task.method)
+    name = {"ascent": "gradient", FACTORS_ONLY: "kfac", IN_GROUPS: "kfac"}.get(task.method, task.method)
     machine = card_machine(card, task)
     route = routes[name]
     if task.method == FACTORS_ONLY:
@@ -222,6 +231,9 @@ def measure_routes(
                 if spent.seconds < LONG:
                     spent = replace(spent, seconds=timed(function, device))
             found = {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes}
+            if task.method == IN_GROUPS:  # beside the cost model's figure that of the library's planner
+                planned = curvature.plan(held[1], sequences[: task.m], ROOM)
+                found |= {"planned_bytes": planned.peak_bytes, "groups": len(planned.groups)}
         except torch.OutOfMemoryError:
             found = {"out_of_memory": 1.0}
         except Exception as error:
