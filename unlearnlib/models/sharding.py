@@ -52,18 +52,16 @@ def load_sharded(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    use_safetensors: bool | None = None,
 ) -> PreTrainedModel:
     """As :func:`unlearnlib.models.load_model`, divided among all processes: the first reads, and hands out.
 
     It has the whole model in host memory meanwhile; no device and no other process has. Raises as ``load_model``.
     """
-    settings = {"seed": seed, "dtype": dtype, "use_safetensors": use_safetensors}
     if distributed.size() == 1:
-        return load_model(source, device=device, **settings)
+        return load_model(source, seed=seed, dtype=dtype, device=device)
     first = distributed.rank() == 0
     with distributed.together():
-        whole = load_model(source, device="cpu", **settings) if first else None
+        whole = load_model(source, seed=seed, dtype=dtype, device="cpu") if first else None
     device = torch.device(device or default_device())
     model = shard(architecture(source, dtype), device).to_empty(device=device)
     weights = whole.state_dict() if first else {}
