@@ -184,6 +184,7 @@ CODE = (
     train_into_cache,
     train,
     loading.load_model,
+    loading._ready,
     loading.switch_off_dropout,
     loading._drop_nothing,
     loading.train_last_blocks,
