@@ -185,6 +185,7 @@ CODE = (
     train,
     loading.load_model,
     loading._ready,
+    loading.transformer_blocks,
     loading.switch_off_dropout,
     loading._drop_nothing,
     loading.train_last_blocks,
