@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, random_sequences, tiny_model
 
-from unlearnlib import weights
+from unlearnlib import losses, weights
 from unlearnlib.curvature import kfac_in_groups, kronecker, kronecker_groups, kronecker_plan
 from unlearnlib.models import loading
 
@@ -89,6 +89,9 @@ def test_a_model_that_adds_in_place_to_what_a_layer_gave_it_is_built_in_groups()
         assert torch.allclose(found.eigenvalues, block.eigenvalues, rtol=1e-9)
 
 
-def test_a_plan_needs_sequences():
+def test_a_plan_needs_sequences_and_is_no_pass_over_them():
+    with losses.counted_passes() as passes:
+        kronecker_plan.plan(tiny_model(), SEQUENCES)
+    assert passes == losses.Passes()
     with pytest.raises(ValueError, match="m = 0 of 0"):
         kronecker_plan.plan(tiny_model(), SEQUENCES[:0])

@@ -22,7 +22,7 @@ from unlearnlib import distributed
 from unlearnlib.curvature.kronecker import build_group
 from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
 from unlearnlib.curvature.protocol import take
-from unlearnlib.losses import batches
+from unlearnlib.losses import batches, uncounted
 
 aten = torch.ops.aten
 EIGH_WORKSPACE = 2
@@ -97,7 +97,7 @@ def plan(
     """
     sequences = take(sequences, None)
     few = sequences[: 2 * len(batches(model, sequences)[0])]  # what one batch leaves is there for the next
-    with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True):
+    with distributed.alone(), uncounted(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = _outline(model)
         blocks = [block for block in find_blocks(fake) if only is None or block.names in only]
         total = sum(block.factor_bytes for block in blocks)
