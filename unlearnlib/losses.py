@@ -53,6 +53,17 @@ def counted_passes() -> Iterator[Passes]:
         _counts[:] = [other for other in _counts if other is not passes]
 
 
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Within the block, passes are not counted, as those of a model that has shapes and no numbers."""
+    open_counts = _counts[:]
+    _counts.clear()
+    try:
+        yield
+    finally:
+        _counts[:] = open_counts
+
+
 def note_pass(sequences: int) -> None:
     """Tell all open counts that so many sequences go through a model."""
     for passes in _counts:

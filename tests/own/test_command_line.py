@@ -102,6 +102,9 @@ def test_options_may_stand_in_a_file(folder, tmp_path):
     line = [f"@{tmp_path}/request.txt", "--forget-file", "a", "--retain-file", "b", "--length", "30"]
     found = command_line.parser().parse_args(line)
     assert (found.output, found.length) == (f"{tmp_path}/a b", 30)
+    (tmp_path / "request.txt").write_text('--model m\n--output "a b')
+    with pytest.raises(ValueError, match=r"""the line '--output "a b' among the options"""):
+        command_line.parser().parse_args(line)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_no_output_is_overwritten_and_no_model_written_into(folder, tmp_path):
     with pytest.raises(ValueError, match="lies within"):
         make(folder, folder / "opt" / "model" / "new")
     for place in (folder / "opt" / "model", folder / "opt" / "model" / "new"):
-        with pytest.raises(ValueError, match=r"the factors .* lies within .*, which must not change"):
+        with pytest.raises(ValueError, match=r"the folder of factors .* lies within .*, which must not change"):
             make(folder, tmp_path / "out", method="kfac", factors=str(place))
     with pytest.raises(ValueError, match="lie within the output, which is made last: move them"):
         make(folder, tmp_path / "out", method="kfac", factors=str(tmp_path / "out" / "factors"))

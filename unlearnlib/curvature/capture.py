@@ -140,7 +140,8 @@ def _after_forward(
     current.used.add(layer.name)
     inputs, scale = _input(layer, current, args, kwargs, out.detach())
     if not out.requires_grad:  # the first trainable layer: from here on gradients are needed
-        out.requires_grad_(True)
+        # A leaf that requires them may not be changed in place, as Falcon does with what a layer gave it.
+        out.add_(torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True))
     n = current.sequences
     if len(out) == 1 and n > 1:  # positions, looked up once for the whole batch
         out, inputs = out.expand(n, *out.shape[1:]), inputs.expand(n, *inputs.shape[1:])

@@ -42,7 +42,11 @@ def kfac_in_groups(
 
     found = {b.names: store.get(b) for b, known in zip(blocks, there, strict=True) if known}
     missing = {b.names: b for b in blocks if b.names not in found}
-    for group in plan(model, chosen, budget_bytes, corrected, missing).groups:
+    if budget_bytes is None:  # there is nothing to plan
+        groups = [list(missing)] if missing else []
+    else:
+        groups = plan(model, chosen, budget_bytes, corrected, missing).groups
+    for group in groups:
         built = build_group(model, chosen, [missing[names] for names in group], seed, corrected, keep)
         found |= {block.names: block for block in built}
     return Kronecker([found[block.names] for block in blocks])

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from unlearnlib import distributed
 from unlearnlib.curvature.kronecker import build_group
 from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
-from unlearnlib.losses import batches
+from unlearnlib.curvature.protocol import take
+from unlearnlib.losses import batches, uncounted
 
 aten = torch.ops.aten
 EIGH_WORKSPACE = 2
@@ -91,10 +92,12 @@ def plan(
     Of K-FAC from ``sequences`` [m, tokens], or if it is ``corrected`` of EK-FAC; of the matrices ``only``, by
     their parameters' names, where they are given. ``model`` may be an outline on the ``meta`` device, which is
     taken to be for a CPU. Without a budget there is one group. The plan holds for each of several processes: all
-    have a group's factors until they are added up. Raises MemoryError if one matrix alone is too much.
+    have a group's factors until they are added up. Raises MemoryError if one matrix alone is too much, ValueError
+    if there are no sequences.
     """
+    sequences = take(sequences, None)
     few = sequences[: 2 * len(batches(model, sequences)[0])]  # what one batch leaves is there for the next
-    with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True):
+    with distributed.alone(), uncounted(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = _outline(model)
         blocks = [block for block in find_blocks(fake) if only is None or block.names in only]
         total = sum(block.factor_bytes for block in blocks)

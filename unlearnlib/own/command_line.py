@@ -127,7 +127,10 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The options in a line of a file of options."""
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"the line {arg_line!r} among the options in a file cannot be read ({error})")
 
 
 def parser() -> argparse.ArgumentParser:

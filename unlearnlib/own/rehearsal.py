@@ -6,6 +6,7 @@ No list says which architectures a method can work on. It is tried, and where it
 import dataclasses
 import gc
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.curvature import kronecker
+from unlearnlib.curvature.kronecker_blocks import find_blocks
 from unlearnlib.curvature.kronecker_store import FactorStore, settings_of
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
@@ -93,13 +95,25 @@ def check_method(model: PreTrainedModel, two: Tensor, request: Request) -> None:
 
 
 def check_factors(model: PreTrainedModel, sequences: Tensor, request: Request) -> None:
-    """Raise ValueError if the request's folder of factors has something else, or OSError if it cannot be used."""
+    """Raise ValueError if the request's folder of factors has something else, or OSError if it cannot be used.
+
+    So it is if a file of factors there is damaged, or if no file can be made there.
+    """
     if request.factors is None:
         return
     folder = Path(request.factors)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"no factors can be kept at {folder} ({error}): name another folder") from error
     if any(folder.iterdir()):
-        FactorStore(folder, settings_of(model, sequences, request.seed, request.method == "ekfac"))
+        store = FactorStore(folder, settings_of(model, sequences, request.seed, request.method == "ekfac"))
+        blocks = find_blocks(model)
+        for block, there in zip(blocks, store.there(blocks), strict=True):
+            if there:
+                store.get(block)
 
 
 def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> None:

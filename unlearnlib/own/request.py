@@ -160,7 +160,7 @@ class Request:
         output = Path(self.output)
         if os.path.lexists(output):
             raise FileExistsError(f"the output {output} exists and is never overwritten: name a new folder")
-        written = {"output": output} | ({"factors": Path(self.factors)} if self.factors else {})
+        written = {"output": output} | ({"folder of factors": Path(self.factors)} if self.factors else {})
         for source in filter(None, (self.model, self.reference)):
             for name, place in written.items():
                 if Path(source).is_dir() and place.resolve().is_relative_to(Path(source).resolve()):
