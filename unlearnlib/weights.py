@@ -1,15 +1,25 @@
 """Vectors in weight space: dictionaries from parameter name to tensor, as in ``torch.func``."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unlearnlib import distributed
 from unlearnlib.losses import shared_batches
 
 Vector = dict[str, Tensor]
+
+
+def outline(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """A copy of the model with new tensors of the same shapes on ``device``, without numbers; ties are kept."""
+    copied: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
+    for p in model.parameters():
+        copied[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, copied)
 
 
 def parameters(model: PreTrainedModel) -> Vector:

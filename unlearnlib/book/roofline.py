@@ -7,10 +7,11 @@ takes a while however short it is, and then as long as its bytes take.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from unlearnlib.curvature.kronecker_blocks import assign_owners
+from unlearnlib.curvature.kronecker_plan import neighbours
 from unlearnlib.curvature.per_sequence_gradients import GRADIENT_BYTES
 from unlearnlib.losses import MOST_LOGITS
 
@@ -186,19 +187,6 @@ def exchange(operation: str, size: float, processes: int, calls: int = 1) -> lis
     over = {"all_reduce": 2 * part, "all_gather": part, "all_to_all": part, "reduce": 1, "broadcast": 1}[operation]
     turns = (2 if operation == "all_reduce" else 1) * (processes - 1)
     return [Stage("link", 0, over * size, turns * calls)] if processes > 1 else []
-
-
-def neighbours(matrices: Iterable[Matrix], size: Callable[[Matrix], float], room: float) -> list[list[Matrix]]:
-    """Groups of matrices in their order, of as many as together have no more than ``room``, or of one."""
-    groups: list[list[Matrix]] = []
-    left = 0.0
-    for matrix in matrices:
-        if not groups or size(matrix) > left:
-            groups.append([])
-            left = room
-        groups[-1].append(matrix)
-        left -= size(matrix)
-    return groups
 
 
 WHOLE = ("hessian_product", "gauss_newton_product", "newton_cg", "fisher_recursion:unrolled")

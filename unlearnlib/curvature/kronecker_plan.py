@@ -5,14 +5,13 @@ would allocate, on any architecture, is counted and not guessed.
 """
 
 import bisect
-import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +22,9 @@ from unlearnlib.curvature.kronecker import build_group
 from unlearnlib.curvature.kronecker_blocks import Block, find_blocks
 from unlearnlib.curvature.protocol import take
 from unlearnlib.losses import batches, uncounted
+from unlearnlib.weights import outline
+
+Thing = TypeVar("Thing")
 
 aten = torch.ops.aten
 EIGH_WORKSPACE = 2
@@ -98,13 +100,18 @@ def plan(
     sequences = take(sequences, None)
     few = sequences[: 2 * len(batches(model, sequences)[0])]  # what one batch leaves is there for the next
     with distributed.alone(), uncounted(), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _outline(model)
+        whole = getattr(model, "outline", lambda: model)()  # where weights are divided among processes
+        fake = outline(whole, "cpu" if model.device.type == "meta" else model.device)
         blocks = [block for block in find_blocks(fake) if only is None or block.names in only]
         total = sum(block.factor_bytes for block in blocks)
 
         def planned(number: int) -> Plan:
             """With room for so great a part of all factors in a group."""
-            groups = _fill(blocks, total // number) if number < len(blocks) else [[block] for block in blocks]
+            groups = (
+                neighbours(blocks, lambda block: block.factor_bytes, total // number)
+                if number < len(blocks)
+                else [[block] for block in blocks]
+            )
             built = [_peak_bytes(fake, few, groups[i], corrected, budget_bytes is None) for i in _dear(groups)]
             return Plan([[block.names for block in group] for group in groups], max(built, default=0))
 
@@ -131,15 +138,16 @@ def _dear(groups: list[list[Block]]) -> set[int]:
     return {0, total.index(max(total)), largest.index(max(largest))}
 
 
-def _fill(blocks: list[Block], room: int) -> list[list[Block]]:
-    """Neighbours together as long as their factors take no more than ``room`` bytes."""
-    groups, left = [], 0
-    for block in blocks:
-        if block.factor_bytes > left or not groups:
+def neighbours(things: Iterable[Thing], size: Callable[[Thing], float], room: float) -> list[list[Thing]]:
+    """Groups of things in their order, of as many as together have no more than ``room``, or of one."""
+    groups: list[list[Thing]] = []
+    left = 0.0
+    for thing in things:
+        if not groups or size(thing) > left:
             groups.append([])
             left = room
-        groups[-1].append(block)
-        left -= block.factor_bytes
+        groups[-1].append(thing)
+        left -= size(thing)
     return groups
 
 
@@ -148,13 +156,3 @@ def _peak_bytes(fake: PreTrainedModel, sequences: Tensor, group: list[Block], co
     with AllocatedBytes() as memory:
         build_group(fake, sequences, group, 0, corrected, lambda block: block if stays else block.to("meta"))
     return memory.peak
-
-
-def _outline(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model that has the shapes of its tensors and no numbers."""
-    device = "cpu" if model.device.type == "meta" else model.device
-    model = getattr(model, "outline", lambda: model)()  # where weights are divided among processes
-    memo: dict[int, Any] = {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
-    return copy.deepcopy(model, memo)

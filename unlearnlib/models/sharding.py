@@ -6,7 +6,6 @@ at a time, or two. Passes, vectors in weight space and Kronecker factors work as
 entries are DTensors, divided as the weights are.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from unlearnlib import distributed
 from unlearnlib.models.loading import architecture, default_device, load_model, transformer_blocks
-from unlearnlib.weights import check_whole
+from unlearnlib.weights import check_whole, outline
 
 
 def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -33,11 +32,8 @@ def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> P
     """
     if distributed.size() == 1:
         return model.to(device or default_device())
-    shapes: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-    for p in model.parameters():
-        shapes[id(p)] = torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    outline = copy.deepcopy(model, shapes)
-    model.outline = lambda: outline  # by which the memory that curvatures take is planned
+    shapes = outline(model, "meta")
+    model.outline = lambda: shapes  # by which the memory that curvatures take is planned
     mesh = init_device_mesh(torch.device(device or default_device()).type, (distributed.size(),))
     # The outermost module, too, lets go of its weights after a pass: what is read between two passes are parts.
     for module in (*transformer_blocks(model), model):  # the rest, tied embeddings among it, is the last group

@@ -75,8 +75,7 @@ def outline(source: str) -> PreTrainedModel:
             f"the weights of {source} are quantized and cannot be edited: give the model they came from"
         )
     try:
-        with torch.device("meta"):
-            return loading.load_model(config.to_dict(), device="meta")
+        return loading.architecture(config.to_dict())
     except ValueError as error:
         raise ValueError(f"the architecture {config.model_type!r} of {source} cannot be used: {error}") from error
 
