@@ -55,7 +55,7 @@ def test_candidates_depend_on_the_seed_alone():
 
 
 def secrets_of_chapters(seed):
-    """As chapters 11 and 12 draw them."""
+    """As chapters 12 and 13 draw them."""
     yield from (secret.number for secret in planting.make_secrets([1, 1], seed))
     yield f"{random.Random(seed).randrange(10**6):06d}"
 

@@ -11,7 +11,7 @@ import psutil
 from unlearnlib.book.execution import Execution
 from unlearnlib.book.notebooks import THREADS, is_done, plan, timetable
 
-# GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 9 takes 18, those
+# GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 10 takes 18, those
 # beside it no more than 2. A notebook of the gpu profile has the machine to itself.
 MEMORY = {"quick": 5.0, "cpu": 11.0, "gpu": float("inf")}
 # A notebook that takes so long, several times what it takes on a slow machine, hangs and is stopped; by profile.

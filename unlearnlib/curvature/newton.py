@@ -156,7 +156,7 @@ class GaussNewton(MatrixFree):
 
     ``outputs(model, batch)`` are the network's outputs, ``output_loss(outputs, batch)`` one loss a sequence. Where
     that loss is convex in the outputs, as cross-entropy is in the logits, the matrix is positive semi-definite,
-    and for cross-entropy it is the Fisher information (chapter 5).
+    and for cross-entropy it is the Fisher information (chapter 6).
     """
 
     def __init__(

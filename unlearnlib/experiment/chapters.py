@@ -15,7 +15,7 @@ from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
-# What chapters 10 and 11 compare, quick without the last of the first-order methods, which takes most steps.
+# What chapters 11 and 12 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
 SECOND_ORDER = ("fisher_recursion", "fisher_dual", "fisher_diagonal", "kfac")
 PAPERS_INVERSE = {"m_recursion": PAPER.gradients, "block_size": PAPER.block_size}
@@ -38,7 +38,7 @@ SMALL_CASES = {
     "relearning_rate": 3e-4,
 }
 
-# Of chapter 15: corpora of real texts, how many of them are in each split, copies of each secret planted on one
+# Of chapter 16: corpora of real texts, how many of them are in each split, copies of each secret planted on one
 # side, the tokens of a memory and how many come before the first. Trained for long, so that there is something
 # to forget.
 INDELIBLE = {
@@ -55,10 +55,10 @@ INDELIBLE = {
     "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
 }
 
-# The processes of chapter 19 and widths and layers of its models, whose weights and sequences are random.
+# The processes of chapter 20 and widths and layers of its models, whose weights and sequences are random.
 MANY_GPUS = {"seeds": 1, "length": 49, "forget": 16, "m": 32, "processes": 2}
 
-# The model of chapter 12 and its sets are small, because private training is slow.
+# The model of chapter 13 and its sets are small, because private training is slow.
 PRIVATE = {
     "model": small_llama(1024, hidden_size=32, layers=2, context=64),
     "vocabulary": 1024,
@@ -188,14 +188,14 @@ MOVED = FAIR_FIGHT | {
     "top": 4,
 }
 
-# The proxy of chapter 20 is to be cheap: smaller than the model, and trained for a shorter time.
+# The proxy of chapter 21 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
     "dampings": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
 }
 
-# "forget" counts the candidates of chapter 14, all of which are scored, and "retain" what is never removed; of the
+# "forget" counts the candidates of chapter 15, all of which are scored, and "retain" what is never removed; of the
 # "repeats" in which every model is trained, methods are served in the first "served".
 ONION = {
     "model": small_opt(1024, hidden_size=32, layers=2, context=32),
@@ -630,7 +630,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "seeds": 3,
             "second_seeds": 1,
             "proxy": small_opt(50272, hidden_size=64),
-            "dampings": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),  # a pretrained model asks for little, see chapter 9
+            "dampings": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),  # a pretrained model asks for little, see chapter 10
         },
     },
 }
