@@ -341,9 +341,9 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "kronecker": {
         "quick": SHORTER_PROBE
-        | {"seeds": 1, "most": 5, "second_seeds": 1, "second": SHORT_SECOND, "m": 256, "few": 32, "steps": 10},
-        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 840, "few": 256, "steps": 20},
-        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "second": {}, "m": 1024, "few": 64, "steps": 20},
+        | {"seeds": 1, "most": 5, "second_seeds": 1, "second": SHORT_SECOND, "m": 256, "few": 32},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "second": {}, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
