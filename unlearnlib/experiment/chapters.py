@@ -349,7 +349,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "fisher_updates": {
         "quick": FISHER_UPDATES
         | SHORT_PROBE
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 2, "most": 5, "most_each": 5, "max_steps": 40}
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 2, "most": 5, "most_each": 5, "max_steps": 60}
         | {"sizes_each": 1, "shares": (0.5, 1.0, 1.25)},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
