@@ -48,10 +48,11 @@ def along(
 ) -> pd.DataFrame:
     """What each method of ``chosen`` makes of the original on its way, and beyond its target; and ``retrained``.
 
-    ``shares`` ascend, as parts of the way from the original's forget loss, 0, to the retrained model's, 1. A row is
-    a method and a share (1 for the retrained model): the losses on ``forget``, ``retain`` and ``holdout`` in nats, whether the place was
-    ``reached`` (a walk stops after ``max_steps``), and as ``written`` a list of the texts, each of so many
-    ``tokens``, with which the model goes on from each of ``prompts`` [n, prompt tokens], greedily.
+    ``shares`` ascend, as parts of the way from the original's forget loss, 0, to the retrained model's, 1. A row
+    is a method and a share (1 for the retrained model): the losses on ``forget``, ``retain`` and ``holdout`` in
+    nats, whether the place was ``reached`` (a walk stops after ``max_steps``), and as ``written`` a list of the
+    texts, each of so many ``tokens``, with which the model greedily goes on from each of ``prompts``
+    [n, prompt tokens].
     """
     case = report.case
 

@@ -51,7 +51,7 @@ def has_cache(model: PreTrainedModel, prompt: Tensor) -> bool:
 
 
 def recites(model: PreTrainedModel, sequences: Tensor, given: int) -> Tensor:
-    """Which of ``sequences`` [n, tokens] the model continues word by word when it is ``given`` so many tokens; [n]."""
+    """Which of ``sequences`` [n, tokens] the model says to the end, ``given`` so many of their tokens; [n]."""
     rest = sequences[:, given:]
     return (continuations(model, sequences[:, :given], rest.shape[1]) == rest.cpu()).all(dim=1)
 
