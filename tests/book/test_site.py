@@ -1,9 +1,7 @@
 """The rendered book: its HTML read as text, and its pages in headless Chromium."""
 
 import functools
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,13 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page
 
 from unlearnlib.book.pages import repository
 
 ROOT = Path(__file__).parents[2]
 MATHJAX = ROOT / "book" / "_static" / "mathjax"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FETCHED = (
     "script[src]",
     "img[src]",
@@ -145,22 +142,6 @@ def test_buttons_lead_to_the_repository_or_are_absent(book_site):
 
 
 # The browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no chromium: install it to check pages in a browser"
-        )
-    with sync_playwright() as playwright:
-        flags = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-component-update",
-        ]
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
