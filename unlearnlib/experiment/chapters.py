@@ -262,9 +262,10 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {"draws": 50, "noise_draws": 20, "requests": 600},
     },
     "newton_language_model": {
-        "quick": SHORT_PROBE | {"seeds": 1, "sequences": 64, "steps": 20, "most": 6, "max_steps": 60},
-        "cpu": {"sequences": 256, "steps": 40, "most": 12, "max_steps": 200},
-        "gpu": {"sequences": 512, "steps": 40, "most": 12, "max_steps": 200},
+        "quick": SHORT_PROBE
+        | {"seeds": 1, "sequences": 64, "steps": 20, "most": 6, "max_steps": 60, "numbers": (2, 8)},
+        "cpu": {"sequences": 256, "steps": 40, "most": 12, "max_steps": 200, "numbers": (2, 5, 10, 20)},
+        "gpu": {"sequences": 512, "steps": 40, "most": 12, "max_steps": 200, "numbers": (2, 5, 10, 20)},
     },
     "fisher": {
         "quick": SHORT_PROBE
