@@ -106,8 +106,17 @@ SHORT_SECOND = {"retain": 480, "references": 1}
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
 
-# "most" settings of a method are tried, for each of the architectures "most_each".
-FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
+# "most" settings of a method are tried, for each of the architectures "most_each", in "sizes_each" sizes; the
+# frontiers go through "shares" of the way to the target.
+FISHER_UPDATES = {
+    "m_recursion": 256,
+    "block_size": 64,
+    "most": 12,
+    "most_each": 6,
+    "sizes_each": 3,
+    "shares": (0.5, 0.75, 1.0, 1.25),
+    "max_steps": 200,
+}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared; "knobs" have where the search for settings begins, of
@@ -330,7 +339,8 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "fisher_updates": {
         "quick": FISHER_UPDATES
         | SHORT_PROBE
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 5, "most_each": 5, "max_steps": 60},
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 2, "most": 5, "most_each": 5, "max_steps": 60}
+        | {"sizes_each": 1, "shares": (0.5, 1.0, 1.25)},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
@@ -562,7 +572,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "repeated_requests": {
         "quick": SERIES
         | SHORT_PROBE
-        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
+        | {"seeds": 1, "number": 6, "every": 2, "m": 128, "opening": 1, "most": 5, "steps": 50}
         | {"m_dual": 128, "m_recursion": 128, "references": 1},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
         "gpu": SERIES
