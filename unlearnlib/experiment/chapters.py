@@ -289,35 +289,15 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
+        "quick": {"draws": 10, "noise_draws": 3, "requests": 120},
+        "cpu": {"draws": 50, "noise_draws": 20, "requests": 600},
+        "gpu": {"draws": 50, "noise_draws": 20, "requests": 600},
+    },
+    "newton_language_model": {
         "quick": SHORT_PROBE
-        | {
-            "seeds": 1,
-            "sequences": 64,
-            "steps": 20,
-            "most": 6,
-            "max_steps": 60,
-            "draws": 10,
-            "noise_draws": 3,
-            "requests": 120,
-        },
-        "cpu": {
-            "sequences": 256,
-            "steps": 40,
-            "most": 12,
-            "max_steps": 200,
-            "draws": 50,
-            "noise_draws": 20,
-            "requests": 600,
-        },
-        "gpu": {
-            "sequences": 512,
-            "steps": 40,
-            "most": 12,
-            "max_steps": 200,
-            "draws": 50,
-            "noise_draws": 20,
-            "requests": 600,
-        },
+        | {"seeds": 1, "sequences": 64, "steps": 20, "most": 6, "max_steps": 60, "numbers": (2, 8)},
+        "cpu": {"sequences": 256, "steps": 40, "most": 12, "max_steps": 200, "numbers": (2, 5, 10, 20)},
+        "gpu": {"sequences": 512, "steps": 40, "most": 12, "max_steps": 200, "numbers": (2, 5, 10, 20)},
     },
     "fisher": {
         "quick": SHORTER_PROBE
