@@ -15,6 +15,7 @@ from unlearnlib.book.figures import (
     show_source,
     use_style,
 )
+from unlearnlib.book.moving import show_moving
 from unlearnlib.book.prose import expect, tell
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "method_style",
     "plot_frontier",
     "plot_relearning",
+    "show_moving",
     "show_source",
     "tell",
     "use_style",

@@ -12,6 +12,7 @@ import nbformat
 import yaml
 from nbformat import NotebookNode
 
+from unlearnlib.book import moving
 from unlearnlib.book.execution import hide_parameters, started_cells, tags
 from unlearnlib.book.notebooks import Job, plan
 from unlearnlib.cache import atomic_file, file_hash, json_hash
@@ -63,6 +64,7 @@ def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str
     staged = build / "site-source"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(root / "book", staged / "book")
+    (staged / "book" / "_static" / "vega.js").write_text(moving.script(), encoding="utf-8")
     shutil.copy2(root / "_toc.yml", staged)
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
     (staged / "_config.yml").write_text(yaml.safe_dump(with_repository(config, root)), encoding="utf-8")
