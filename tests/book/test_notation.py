@@ -95,7 +95,8 @@ def test_every_symbol_of_a_chapter_is_explained(path):
     for found, chapters, cells in rows_of_the_page():
         if cells[2] == "all" or label_of(path) in {label for _, label in chapters}:
             explained |= found
-    assert not symbols_in(markdown_of(path)) - explained
+    missing = sorted(symbols_in(markdown_of(path)) - explained)
+    assert not missing
 
 
 def test_chapters_are_named_by_their_numbers_and_use_what_the_page_says_they_use():
