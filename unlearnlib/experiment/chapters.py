@@ -97,6 +97,10 @@ THREE_AXES = {
 SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100, "block_size": 64}
 # A relearning probe in a third of the steps, each three times as large, for the largest models of quick.
 SHORT_PROBE = {"relearning_steps": 10, "relearning_rate": 3e-4}
+# The same again in six steps, and a second corpus with half of the retained texts and a single reference model:
+# for chapters 6 and 7, which compare curvatures on two corpora.
+SHORTER_PROBE = {"relearning_steps": 6, "relearning_rate": 5e-4}
+SHORT_SECOND = {"retain": 480, "references": 1}
 
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
@@ -288,15 +292,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fisher": {
-        "quick": SHORT_PROBE
+        "quick": SHORTER_PROBE
         | {
             "seeds": 1,
             "second_seeds": 1,
-            "most": 6,
+            "most": 5,
             "m": 256,
             "m_recursion": 256,
             "block_size": 64,
-            "block_sizes": (1, 4, 32, 64),
+            "second": SHORT_SECOND,
+            "block_sizes": (1, 8, 64),
             "few": (16, 64),
             "blank": QUICK.model,
             "m_blank": 96,
@@ -306,6 +311,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "seeds": 5,
             "second_seeds": 5,
+            "second": {},
             "most": 12,
             "m": 840,
             "m_recursion": 256,
@@ -320,6 +326,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {
             "seeds": 3,
             "second_seeds": 1,
+            "second": {},
             "most": 12,
             "m": 32,
             "m_recursion": PAPER.gradients,
@@ -333,9 +340,10 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
-        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
-        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
+        "quick": SHORTER_PROBE
+        | {"seeds": 1, "most": 5, "second_seeds": 1, "second": SHORT_SECOND, "m": 256, "few": 32},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "second": {}, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
