@@ -28,7 +28,7 @@ def show_moving(chart: alt.TopLevelMixin, describes: str) -> None:
     """Show ``chart``, which readers move by the sliders bound to its parameters.
 
     ``describes`` says what is to be seen, for those who cannot see it. The page carries a picture of the chart at
-    its first setting, and the script ``moving.js`` puts the chart in its place. Jupyter draws the chart itself.
+    its first setting, and the script ``book.js`` puts the chart in its place. Jupyter draws the chart itself.
     """
     specification = chart.to_dict()
     specification["config"] = specification.get("config", {}) | STYLE

@@ -1,4 +1,6 @@
-// Puts a chart that moves in the place of each still picture of one; pages without any load nothing more.
+// What style sheets cannot do for the pages.
+
+// Charts that move, each in the place of its still picture. Vega is loaded by pages that have one.
 {
   const figures = document.querySelectorAll(".moving-figure");
   const draw = async (figure) => {
@@ -14,3 +16,13 @@
     document.head.append(vega);
   }
 }
+
+// Formulas that scroll can be reached by keyboard.
+addEventListener("load", async () => {
+  await window.MathJax?.startup.promise;
+  for (const box of document.querySelectorAll("div.math, div.math mjx-container"))
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+});
+
+// The list of references is made of entries that are no list items, so it is none for screen readers.
+document.querySelector(".citation-list")?.removeAttribute("role");
