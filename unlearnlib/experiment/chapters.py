@@ -416,7 +416,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "holdout": 8,
             "seeds": 1,
             "m_factors": 28,
-            "most": 4,
+            "most": 5,
             "max_steps": 8,
             "knobs": {
                 "kfac": {"damping": (1e-5, 1e-4, 1e-3)},
