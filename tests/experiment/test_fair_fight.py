@@ -8,7 +8,8 @@ from unlearnlib.experiment import chapters, comparison, fair_fight, profiles
 from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.report import Report
-from unlearnlib.losses import sequence_losses
+from unlearnlib.losses import mean_loss, sequence_losses
+from unlearnlib.measures.extraction import continuations
 from unlearnlib.verdicts import results
 
 PROFILE = dataclasses.replace(TINY, relearning_steps=2, references=0)
@@ -49,6 +50,29 @@ def test_the_losses_are_those_of_the_model_that_was_made(fought):
     path.to(report.target)
     with torch.no_grad():
         torch.testing.assert_close(losses["gradient_ascent"], sequence_losses(path.model, report.case.validation))
+
+
+def test_along_the_way_losses_and_texts_are_those_of_the_model_there(fought):
+    report, chosen, _ = fought
+    case, builds = report.case, curvature_builders(report.case.estimation)
+    prompts = case.splits.forget[:2, :4]
+    table = fair_fight.along(report, chosen, builds, (0, 0.5, 1), prompts, 3, max_steps=20)
+    retrained, table = table.iloc[0], table.iloc[1:]
+    assert retrained["method"] == "retrained"
+    assert retrained["forget"] == pytest.approx(report.target)
+    assert list(table["method"]) == ["gradient_ascent"] * 3 + ["kfac"] * 3
+    assert table["reached"].all()
+    goals = [report.original_loss, (report.original_loss + report.target) / 2, report.target]
+    assert table["forget"].to_list() == pytest.approx(goals * 2, abs=0.02)
+    original = case.original()
+    start = table[table["share"] == 0]
+    assert start["holdout"].to_list() == pytest.approx([mean_loss(original, case.splits.holdout)] * 2)
+    said = case.tokenizer.batch_decode(continuations(original, prompts, 3))
+    assert all(written == said for written in start["written"])
+    path = contenders_on(case, builds)["kfac"].path(**chosen["kfac"])
+    path.to(report.target)
+    assert table.iloc[-1]["retain"] == pytest.approx(mean_loss(path.model, case.splits.retain))
+    assert table.iloc[-1]["written"] == case.tokenizer.batch_decode(continuations(path.model, prompts, 3))
 
 
 def test_every_trial_of_a_search_is_in_the_table(fought, tmp_path):

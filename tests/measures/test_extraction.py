@@ -47,6 +47,16 @@ def test_verbatim_length():
     assert extraction.verbatim_length(torch.tensor([9, 2]), truth) == 0
 
 
+def test_recites_is_every_token_of_the_rest():
+    model = tiny_model("opt")
+    prompts = random_sequences(2, length=5)
+    said = torch.cat([prompts, extraction.continuations(model, prompts, 3)], dim=1)
+    other = said.clone()
+    other[1, -1] = (other[1, -1] + 1) % VOCABULARY
+    assert extraction.recites(model, said, 5).tolist() == [True, True]
+    assert extraction.recites(model, other, 5).tolist() == [True, False]
+
+
 def test_overlap_by_hand():
     truth = torch.tensor([1, 2, 3, 1, 2])
     assert extraction.overlap(torch.tensor([1, 2, 3, 1, 2]), truth, 2) == 1

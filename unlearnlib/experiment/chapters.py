@@ -97,13 +97,26 @@ THREE_AXES = {
 SERIES = {"size": 16, "opening": 3, "most": 12, "steps": 100, "block_size": 64}
 # A relearning probe in a third of the steps, each three times as large, for the largest models of quick.
 SHORT_PROBE = {"relearning_steps": 10, "relearning_rate": 3e-4}
+# The same again in six steps, and a second corpus with half of the retained texts and a single reference model:
+# for chapters 6 and 7, which compare curvatures on two corpora.
+SHORTER_PROBE = {"relearning_steps": 6, "relearning_rate": 5e-4}
+SHORT_SECOND = {"retain": 480, "references": 1}
 
 # Of chapter 3: how many shadow models, by what the probe's rate is multiplied, and what share of a text's first
 # half is replaced.
 ATTACKED = {"shadows": 16, "factors": (1.0, 4.0, 16.0), "replaced": (0.0, 0.25, 1.0), "stride": 16}
 
-# "most" settings of a method are tried, for each of the architectures "most_each".
-FISHER_UPDATES = {"m_recursion": 256, "block_size": 64, "most": 12, "most_each": 6, "max_steps": 200}
+# "most" settings of a method are tried, for each of the architectures "most_each", in "sizes_each" sizes; the
+# frontiers go through "shares" of the way to the target.
+FISHER_UPDATES = {
+    "m_recursion": 256,
+    "block_size": 64,
+    "most": 12,
+    "most_each": 6,
+    "sizes_each": 3,
+    "shares": (0.5, 0.75, 1.0, 1.25),
+    "max_steps": 200,
+}
 
 # A few tales, on which a pretrained model is fine-tuned until it knows them by heart. "methods" are those of the
 # first seed, the others have the four that are compared; "knobs" have where the search for settings begins, of
@@ -138,6 +151,23 @@ REAL_MODEL = {
 }
 
 # All methods there are, on cases so small that each can be given the same search; the first seed chooses.
+# A case so small, and trained so long, that the model can say its texts by heart, at whatever profile.
+BY_HEART = {
+    "seeds": 1,
+    "model": small_opt(1024, hidden_size=64, layers=2, context=32),
+    "vocabulary": 1024,
+    "length": 32,
+    "forget": 16,
+    "retain": 96,
+    "holdout": 64,
+    "training": Training(epochs=30, batch_size=16, learning_rate=4e-3),
+    "references": 0,
+    "methods": ("gradient_ascent", "gradient_difference", "kfac"),
+    "shares": tuple(step / 5 for step in range(9)),
+    "prompt": 10,
+    "most": 5,
+    "max_steps": 60,
+}
 FAIR_FIGHT = {
     "methods": (
         "gradient_ascent",
@@ -235,21 +265,23 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "holdout": 128,
             "model": small_opt(1024, hidden_size=64, layers=2),
             "relearning_steps": 10,
-            "steps": 36,
+            "steps": 24,
             "tried": 6,
+            "left_out": ("gradient_ascent:kl",),  # the dearest
         },
-        "cpu": {"steps": 200, "tried": 12},
-        "gpu": {"steps": 200, "tried": 12},
+        "cpu": {"steps": 200, "tried": 12, "left_out": ()},
+        "gpu": {"steps": 200, "tried": 12, "left_out": ()},
     },
     "erased_or_hidden": {
         "quick": ATTACKED
         | {
+            "shadows": 12,
             "model": small_opt(1024, hidden_size=64, layers=2),
             "retain": 256,
             "holdout": 128,
             "relearning_steps": 10,
             "seeds": 1,
-            "steps": 40,
+            "steps": 32,
             "most": 6,
             "m_factors": 128,
         },
@@ -288,15 +320,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fisher": {
-        "quick": SHORT_PROBE
+        "quick": SHORTER_PROBE
         | {
             "seeds": 1,
             "second_seeds": 1,
-            "most": 6,
+            "most": 5,
             "m": 256,
             "m_recursion": 256,
             "block_size": 64,
-            "block_sizes": (1, 4, 32, 64),
+            "second": SHORT_SECOND,
+            "block_sizes": (1, 8, 64),
             "few": (16, 64),
             "blank": QUICK.model,
             "m_blank": 96,
@@ -306,6 +339,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {
             "seeds": 5,
             "second_seeds": 5,
+            "second": {},
             "most": 12,
             "m": 840,
             "m_recursion": 256,
@@ -320,6 +354,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": {
             "seeds": 3,
             "second_seeds": 1,
+            "second": {},
             "most": 12,
             "m": 32,
             "m_recursion": PAPER.gradients,
@@ -333,14 +368,16 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "kronecker": {
-        "quick": SHORT_PROBE | {"seeds": 1, "most": 6, "second_seeds": 1, "m": 256, "few": 32},
-        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "m": 840, "few": 256},
-        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "m": 1024, "few": 64},
+        "quick": SHORTER_PROBE
+        | {"seeds": 1, "most": 5, "second_seeds": 1, "second": SHORT_SECOND, "m": 256, "few": 32},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 840, "few": 256},
+        "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "second": {}, "m": 1024, "few": 64},
     },
     "fisher_updates": {
         "quick": FISHER_UPDATES
         | SHORT_PROBE
-        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 3, "most": 5, "most_each": 5, "max_steps": 60},
+        | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 2, "most": 5, "most_each": 5, "max_steps": 60}
+        | {"sizes_each": 1, "shares": (0.5, 1.0, 1.25)},
         "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
@@ -353,12 +390,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "training": Training(epochs=15, batch_size=16, learning_rate=4e-3),
             "relearning_steps": 10,
             "relearning_rate": 3e-4,
-            "most": 6,
+            "most": 5,
             "max_steps": 100,
         },
         "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
         "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
     },
+    "by_heart": {"quick": BY_HEART, "cpu": BY_HEART, "gpu": BY_HEART},
     "moved_weights": {
         "quick": MOVED
         | {
@@ -575,7 +613,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "repeated_requests": {
         "quick": SERIES
         | SHORT_PROBE
-        | {"seeds": 1, "number": 6, "every": 1, "m": 128, "opening": 1, "most": 5, "steps": 50}
+        | {"seeds": 1, "number": 6, "every": 2, "m": 128, "opening": 1, "most": 5, "steps": 50}
         | {"m_dual": 128, "m_recursion": 128, "references": 1},
         "cpu": SERIES | {"seeds": 5, "number": 12, "every": 2, "m": 256, "m_dual": 256, "m_recursion": 256},
         "gpu": SERIES

@@ -1,15 +1,18 @@
 """One fight, all methods: served on the same cases at their chosen settings, with what each has read and spent."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from unlearnlib.experiment.comparison import Settings
 from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.report import Report
-from unlearnlib.losses import batched, sequence_losses
+from unlearnlib.losses import batched, mean_loss, sequence_losses
+from unlearnlib.measures.extraction import continuations
 from unlearnlib.methods.fisher_updates import Build
 from unlearnlib.methods.matching import Path
 
@@ -32,6 +35,40 @@ def serve(report: Report, chosen: Settings, builds: Mapping[str, Build], max_ste
         losses[method] = batched(sequence_losses, made[0].model, report.case.validation)
         report.add(method, {"validation_loss": losses[method].double().mean().item()})
     return losses
+
+
+def along(
+    report: Report,
+    chosen: Settings,
+    builds: Mapping[str, Build],
+    shares: Sequence[float],
+    prompts: Tensor,
+    tokens: int,
+    max_steps: int,
+) -> pd.DataFrame:
+    """What each method of ``chosen`` makes of the original on its way, and beyond its target; and ``retrained``.
+
+    ``shares`` ascend, as parts of the way from the original's forget loss, 0, to the retrained model's, 1. A row
+    is a method and a share (1 for the retrained model): the losses on ``forget``, ``retain`` and ``holdout`` in
+    nats, whether the place was ``reached`` (a walk stops after ``max_steps``), and as ``written`` a list of the
+    texts, each of so many ``tokens``, with which the model greedily goes on from each of ``prompts``
+    [n, prompt tokens].
+    """
+    case = report.case
+
+    def found(method: str, share: float, reached: bool, model: PreTrainedModel) -> dict[str, Any]:
+        losses = {name: mean_loss(model, getattr(case.splits, name)) for name in ("forget", "retain", "holdout")}
+        written = case.tokenizer.batch_decode(continuations(model, prompts, tokens))
+        return {"method": method, "share": share, "reached": reached, "written": written} | losses
+
+    rows = [found("retrained", 1.0, True, report.retrained)]
+    for method, setting in chosen.items():
+        path = contenders_on(case, builds, max_steps)[method].path(**setting)
+        for share in shares:
+            goal = report.original_loss + share * (report.target - report.original_loss)
+            reached = share == 0 or path.to(goal).reached
+            rows.append(found(method, share, reached, path.model))
+    return pd.DataFrame(rows)
 
 
 def searches_table(report: Report) -> pd.DataFrame:

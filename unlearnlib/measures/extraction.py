@@ -50,6 +50,12 @@ def has_cache(model: PreTrainedModel, prompt: Tensor) -> bool:
     return bool((following - again).abs().max() <= 1e-2 * again.abs().max())
 
 
+def recites(model: PreTrainedModel, sequences: Tensor, given: int) -> Tensor:
+    """Which of ``sequences`` [n, tokens] the model says to the end, ``given`` so many of their tokens; [n]."""
+    rest = sequences[:, given:]
+    return (continuations(model, sequences[:, :given], rest.shape[1]) == rest.cpu()).all(dim=1)
+
+
 def verbatim_length(generated: Tensor, truth: Tensor) -> int:
     """Number of leading tokens of ``generated`` that equal ``truth``."""
     differs = (generated != truth[: len(generated)]).nonzero()
