@@ -25,7 +25,8 @@ def page_file(tmp_path_factory):
     (folder / "vega.js").write_text(moving.script(), encoding="utf-8")
     for name in ("book.js", "book.css"):
         (folder / name).write_text((STATIC / name).read_text(encoding="utf-8"), encoding="utf-8")
-    head = '<meta charset="utf-8"><link rel="stylesheet" href="book.css"><script src="book.js" defer></script>'
+    head = '<meta charset="utf-8"><link rel="stylesheet" href="book.css"><script>const _ = 0;</script>'
+    head += '<script src="book.js" defer></script>'
     (folder / "page.html").write_text(f"{head}<body>{shown[0]}</body>", encoding="utf-8")
     return folder / "page.html"
 

@@ -48,5 +48,8 @@ def show_moving(chart: alt.TopLevelMixin, describes: str) -> None:
 
 
 def script() -> str:
-    """The script that draws the charts, Vega with all it needs, to be served with the pages."""
-    return vl_convert.javascript_bundle(vl_version=VERSION)
+    """The script that draws the charts, Vega with all it needs, to be served with the pages.
+
+    Its names are kept to itself: Sphinx's scripts have some of the same.
+    """
+    return f"(() => {{{vl_convert.javascript_bundle(vl_version=VERSION)}}})();"
