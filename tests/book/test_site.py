@@ -224,7 +224,7 @@ def barriers(page: Page, *rules: str) -> list[str]:
 
 
 def test_pages_in_the_browser(browser, address, book_site):
-    """Each page is loaded once, wide and light, then seen dark (some), on paper and on a phone. All is told at once."""
+    """Each page is loaded once, wide and light, then seen on a phone and on paper. All is told together."""
     size = {"width": 1280, "height": 900}
     context = browser.new_context(viewport=size, color_scheme="light", reduced_motion="reduce")
     wrong = {}

@@ -115,6 +115,15 @@ def test_a_text_may_be_in_one_file_only(tmp_path, tokenizer):
         read(tmp_path, tokenizer, FORGET, RETAIN, [RETAIN[1], *HOLDOUT])
 
 
+def test_a_file_that_is_given_twice_is_named_by_what_it_is_given_for(tmp_path, tokenizer):
+    path = write(tmp_path / "letters.jsonl", FORGET)
+    twice = {"forget": path, "retain": path}, {"forget": path, "forget_1": path}
+    for given, role in zip(twice, ("to be kept", "of an earlier request"), strict=True):
+        message = rf"text 1 of letters\.jsonl \(to be forgotten\) is also text 1 of letters\.jsonl \({role}\)"
+        with pytest.raises(ValueError, match=message):
+            texts.read_material(tokenizer, given, (), LENGTH)
+
+
 def test_so_may_a_sequence_of_tokens(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"sequence 1 of forget\.jsonl \(it begins in text 1\) is also"):
         read(tmp_path, tokenizer, [RETAIN[0] + " Not here."], RETAIN)

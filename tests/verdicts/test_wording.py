@@ -84,8 +84,12 @@ def test_what_a_page_says_of_a_claim():
     assert said["kfac"] == NOT_REPRODUCED
     assert said["difference"] == REPRODUCED
     assert said["why"] == wording.why(tests)
-    nothing = wording.in_words(pd.DataFrame([rules.not_run("C1", "four_datasets", method=OWN, against=ASCENT)]))
-    assert (nothing["verdict"], nothing["effect"], nothing["kfac"]) == (NOT_RUN, "–", NOT_RUN)
+    missing = rules.not_run("C1", "four_datasets", method=OWN, against=ASCENT)
+    nothing = wording.in_words(pd.DataFrame([missing]))
+    assert (nothing["verdict"], nothing["effect"], nothing["kfac"]) == (NOT_RUN, "0 of 1 tests run", NOT_RUN)
+    partly = wording.in_words(pd.DataFrame([row_of(WIN), missing]))
+    assert partly["verdict"] == NOT_RUN
+    assert partly["effect"].startswith("1 of 2 tests run: -")
     assert nothing["notes"] == ""
 
 

@@ -23,7 +23,7 @@ def inverse_fisher_seconds(
 
     In blocks of ``block`` weights, in float32, on random numbers, since the time does not depend on the values.
     Making G takes a plain pass over m sequences, which is not counted here. A step takes ``at_once`` gradients:
-    one, as in WoodFisher and the paper, is limited by memory.
+    one, as in WoodFisher and the paper, reads and writes the inverse for each.
 
     The blocks are worked off in parts, each of as many as the library inverts together. Where a model has more
     than :data:`MOST_PARTS` parts, so many are timed and the time is *extrapolated* in proportion to the blocks,

@@ -34,8 +34,8 @@ def in_processes(number: int, function: Callable[..., Result], *arguments: objec
 
     They are started by what torchrun itself is made of, with new interpreters: a copy of this process, as
     accelerate's ``notebook_launcher`` makes it, would wait for ever where PyTorch has computed with several
-    threads, and may not use CUDA where it has been used here. The function has to stand in a module. What one
-    process fails of ends all of them.
+    threads, and may not use CUDA where it has been used here. The function has to stand in a module. An error in
+    one process ends all of them.
 
     Raises ChildFailedError, whose message has the first failure's.
     """

@@ -21,6 +21,8 @@ EIGHTH = 8
 """One retain text, and one retain sequence, in so many is for validation."""
 FEW = 8
 """With fewer sequences for validation there is a warning."""
+ROLES = {"forget": "to be forgotten", "retain": "to be kept", "holdout": "never seen"}
+"""What a file is given for, by its key; other keys are of earlier requests."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,20 @@ def read_material(
     of texts even where the file is sorted. ``secrets`` are a list, or a file of one a line.
 
     Raises FileNotFoundError, or ValueError naming file and text: for a text in two files, or a file with less than
-    a sequence of ``length`` tokens (retain needs two).
+    a sequence of ``length`` tokens (retain needs two). Files of one name are told apart by
+    what they are given for.
     """
     read = {split: read_file(path) for split, path in files.items() if path}
     parts = {split: _Part(file, [" ".join(text.split()) for text in file.texts]) for split, file in read.items()}
+    names = [file.name for file in read.values()]
+
+    def role(split: str) -> str:
+        """What a file is given for, where another of the same name makes that necessary to say."""
+        return f" ({ROLES.get(split, 'of an earlier request')})" if names.count(read[split].name) > 1 else ""
+
     _refuse_shared(
-        {split: part.plain for split, part in parts.items()}, lambda split, i: parts[split].text_name(i)
+        {split: part.plain for split, part in parts.items()},
+        lambda split, i: parts[split].text_name(i) + role(split),
     )
     notes = _special_notes(tokenizer)
     for split, part in parts.items():
@@ -102,7 +112,7 @@ def read_material(
     asked = [split for split in parts if split.startswith("forget")]
     rows = {split: part.rows for split, part in parts.items()}
     found = {split: list(map(tuple, part.rows.tolist())) for split, part in parts.items()}
-    _refuse_shared(found, lambda split, i: parts[split].row_name(i))
+    _refuse_shared(found, lambda split, i: parts[split].row_name(i) + role(split))
     warnings = [warning for file in read.values() for warning in file.warnings]
     sets = {split: len(rows[split]) for split in asked}
     rows["forget"] = torch.cat([rows[split] for split in asked])

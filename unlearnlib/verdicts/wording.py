@@ -86,14 +86,18 @@ def why(tests: pd.DataFrame) -> str:
 def in_words(tests: pd.DataFrame) -> dict[str, str]:
     """What a page says of a claim, from its tests.
 
-    ``verdict``; ``effect``, the one on which it hangs; ``why``; ``notes``, a sentence to follow, or nothing; the
-    verdict with K-FAC in place of the paper's estimate (``kfac``), and that of gradient difference
-    (``difference``), where the claim asks something of single methods.
+    ``verdict``; ``effect``, the one on which it hangs, after the number of tests that were run if not all were;
+    ``why``; ``notes``, a sentence to follow, or nothing; the verdict with K-FAC in place of the paper's estimate
+    (``kfac``), and that of gradient difference (``difference``), where the claim asks something of single methods.
     """
     [outcome], test = conclude(tests), weakest(tests)
     effect = effect_text(test)
     if effect != "–":
         effect += f" {test['unit']} ({shortened(versus(test))}, {place(test)})"
+    deciding = tests.loc[tests["decides"], "verdict"]
+    if NOT_RUN in set(deciding):
+        run = f"{(deciding != NOT_RUN).sum()} of {len(deciding)} tests run"
+        effect = run if effect == "–" else f"{run}: {effect}"
     where: dict[str, list[str]] = {}
     for _, noted in tests[(tests["note"] != "") & (tests["verdict"] != NOT_RUN)].iterrows():
         where.setdefault(noted["note"], []).append(place(noted))
