@@ -1,4 +1,4 @@
-"""Every term of the glossary is one that chapters use, and is easily found there."""
+"""Every term of the glossary is one that the book uses, and is easily found there."""
 
 import json
 import re
@@ -14,8 +14,8 @@ def terms():
 
 
 def prose():
-    """The words of all chapters, without code, formulas and emphasis."""
-    texts = []
+    """The words of all chapters and of the page that chooses a method, without code, formulas and emphasis."""
+    texts = [(ROOT / "book" / "which_method.md").read_text(encoding="utf-8")]
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]

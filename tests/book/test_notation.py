@@ -107,3 +107,13 @@ def test_chapters_are_named_by_their_numbers_and_use_what_the_page_says_they_use
             stem, used = chapters[label]
             assert int(number) == int(stem), cells
             assert found & used, (cells, label)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_list_of_a_chapter_has_the_rows_that_name_it(path):
+    page, label = (ROOT / "book" / "notation.md").read_text(encoding="utf-8"), label_of(path)
+    target = f"(symbols-in-{label.removeprefix('chapter-')})="
+    head = f"{target}\n#### Chapter {int(path.stem[:2])}\n\n{{ref}}`{label}`\n\n"
+    shown = page.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [cells for _, chapters, cells in rows_of_the_page() if label in {named for _, named in chapters}]
+    assert shown == [f"| {symbol} | {meaning} |" for symbol, meaning, _ in rows]
