@@ -121,14 +121,6 @@ def test_duels_are_paired_and_judged_from_three_seeds_on():
     assert set(two["verdict"]) == {rules.INCONCLUSIVE}
 
 
-def test_unbeaten_is_who_no_other_beats_on_every_metric():
-    lopsided = axes(1.0) | {"work_ratio": 9.0}
-    table = table_of(
-        {"retrained": axes(0.0), "noise": axes(3.0), "finetuned": axes(2.0), "fisher_recursion": lopsided}
-    )
-    assert three_axes.unbeaten(table) == ["finetuned", "fisher_recursion"]
-
-
 def test_arithmetic_of_the_inverse_is_that_of_the_model_of_all_costs():
     shape, m, block = roofline.Shape(2, 64, 4, 1000, 32, tokens=31), 50, 16
     [stage] = roofline.routes(shape, m, forget=8, block=block)["fisher_recursion"].stages

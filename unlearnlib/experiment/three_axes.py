@@ -12,7 +12,6 @@ from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import make_cases
 from unlearnlib.experiment.comparison import Settings, forgetting
 from unlearnlib.experiment.contenders import DAMPINGS, MAX_STEPS, Contender, first_order, removal
-from unlearnlib.experiment.fair_fight import undominated
 from unlearnlib.experiment.private_training import RANKED, PlantedCase, choose_training, epoch_seconds
 from unlearnlib.experiment.profiles import Profile
 from unlearnlib.experiment.report import Report
@@ -196,10 +195,3 @@ def duels(table: pd.DataFrame, ours: Iterable[str] = OURS) -> pd.DataFrame:
                 labels = {"method": method, "against": other, "metric": metric, "axis": axis}
                 rows.append(judge(values[method] - values[other], below(), exhibit="three_axes", **labels))
     return pd.DataFrame(rows)
-
-
-def unbeaten(table: pd.DataFrame) -> list[str]:
-    """The methods in ``table`` that no other beats on all of AXES together, by the means over the seeds."""
-    rows = table[table["metric"].isin(AXES) & ~table["method"].isin(REFERENCES)]
-    means = rows.pivot_table(index="method", columns="metric", values="value", sort=False)
-    return undominated({method: row[list(AXES)] for method, row in means.iterrows()})
