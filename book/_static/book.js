@@ -7,6 +7,8 @@
     const specification = JSON.parse(figure.querySelector("script").textContent);
     const options = { actions: false, renderer: "svg", bind: figure.querySelector(".sliders") };
     await vegaEmbed(figure.querySelector(".chart"), specification, options);
+    const empty = figure.querySelectorAll('.chart g[role="graphics-symbol"]:empty');
+    empty.forEach((group) => group.removeAttribute("role")); // marks that are not there have no name to be read
     figure.classList.add("moves");
   };
   if (figures.length) {

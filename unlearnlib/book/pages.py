@@ -64,6 +64,7 @@ def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str
     staged = build / "site-source"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(root / "book", staged / "book")
+    (staged / "book" / "_static").mkdir(exist_ok=True)
     (staged / "book" / "_static" / "vega.js").write_text(moving.script(), encoding="utf-8")
     shutil.copy2(root / "_toc.yml", staged)
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
