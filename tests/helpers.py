@@ -1,5 +1,8 @@
 """Small things to test on."""
 
+from pathlib import Path
+
+import nbformat
 import torch
 
 from unlearnlib.models import loading
@@ -49,3 +52,9 @@ def smallest_model(vocabulary):
         for p in model.parameters():  # biases of zero would hide mistakes, and small weights saddles
             p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return model
+
+
+def chapter_prose(path: Path) -> str:
+    """The text of a chapter: its cells of Markdown, with blank lines between them."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

@@ -1,10 +1,10 @@
 """Every exercise says how hard it is, and has a hint and a solution that says what follows."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+from helpers import chapter_prose
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
 OPTIONS = r"(?::[^\n]*\n)*"
@@ -18,14 +18,9 @@ SOLUTION = re.compile(
 HINT = re.compile(r":::\{admonition\} Hint\n:class: dropdown tip\n.+?\n:::\s*$", re.DOTALL)
 
 
-def prose_of(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-
-
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_exercises_can_be_done_from_the_book_alone(path):
-    prose = prose_of(path)
+    prose = chapter_prose(path)
     exercises = {label: (title, text) for title, label, text in EXERCISE.findall(prose)}
     solutions = dict(SOLUTION.findall(prose))
     assert exercises

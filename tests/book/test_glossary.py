@@ -1,8 +1,9 @@
 """Every term of the glossary is one that the book uses, and is easily found there."""
 
-import json
 import re
 from pathlib import Path
+
+from helpers import chapter_prose
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,9 +17,7 @@ def terms():
 def prose():
     """The words of all chapters and of the page that chooses a method, without code, formulas and emphasis."""
     texts = [(ROOT / "book" / "which_method.md").read_text(encoding="utf-8")]
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    texts += map(chapter_prose, sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")))
     return re.sub(r"[\s*]+", " ", "\n".join(texts)).lower()
 
 

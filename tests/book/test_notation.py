@@ -1,10 +1,10 @@
 """Every symbol of every chapter is explained on the page of notation, in a row that covers the chapter."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+from helpers import chapter_prose
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -59,13 +59,8 @@ def symbols_in(markdown):
     return {symbol for inline in MATHS.findall(prose) for symbol in symbols(TOKEN.findall(inline[0] or inline[1]))}
 
 
-def markdown_of(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-
-
 def label_of(path):
-    return re.search(r"^\((chapter-[\w-]+)\)=$", markdown_of(path), re.MULTILINE)[1]
+    return re.search(r"^\((chapter-[\w-]+)\)=$", chapter_prose(path), re.MULTILINE)[1]
 
 
 def rows_of_the_page():
@@ -95,12 +90,12 @@ def test_every_symbol_of_a_chapter_is_explained(path):
     for found, chapters, cells in rows_of_the_page():
         if cells[2] == "all" or label_of(path) in {label for _, label in chapters}:
             explained |= found
-    missing = sorted(symbols_in(markdown_of(path)) - explained)
+    missing = sorted(symbols_in(chapter_prose(path)) - explained)
     assert not missing
 
 
 def test_chapters_are_named_by_their_numbers_and_use_what_the_page_says_they_use():
-    chapters = {label_of(path): (path.stem[:2], symbols_in(markdown_of(path))) for path in CHAPTERS}
+    chapters = {label_of(path): (path.stem[:2], symbols_in(chapter_prose(path))) for path in CHAPTERS}
     for found, named, cells in rows_of_the_page():
         assert cells[2] == "all" or named, cells
         for number, label in named:

@@ -46,13 +46,17 @@ def render(root: Path, profile: str, failures: dict[str, str]) -> Path:
     staged = _stage(root, build, plan(root, profile), failures)
     site, signature = build / "site", build / "site.key"
     index = site / "_build" / "html" / "index.html"
-    key = json_hash({path.relative_to(staged).as_posix(): file_hash(path) for path in _all_files(staged)})
+    files = {path.relative_to(staged).as_posix(): file_hash(path) for path in _all_files(staged)}
+    key = json_hash(files | {"vega": moving.VERSION})
     if index.is_file() and signature.is_file() and signature.read_text() == key:
         print("pages: nothing changed")
         return index
     print("pages: rendering")
     signature.unlink(missing_ok=True)
     shutil.rmtree(site, ignore_errors=True)  # else pages of chapters since removed would stay
+    static = staged / "book" / "_static"
+    static.mkdir(exist_ok=True)
+    (static / "vega.js").write_text(moving.script(), encoding="utf-8")
     _run_jupyter_book(staged, site, build / "logs" / "pages.log", strict=not failures)
     with atomic_file(signature) as temporary:
         temporary.write_text(key)
@@ -64,8 +68,6 @@ def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str
     staged = build / "site-source"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(root / "book", staged / "book")
-    (staged / "book" / "_static").mkdir(exist_ok=True)
-    (staged / "book" / "_static" / "vega.js").write_text(moving.script(), encoding="utf-8")
     shutil.copy2(root / "_toc.yml", staged)
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
     (staged / "_config.yml").write_text(yaml.safe_dump(with_repository(config, root)), encoding="utf-8")
