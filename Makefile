@@ -31,7 +31,7 @@ test: $(ENVIRONMENT)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@.venv/bin/lint-imports --no-cache --no-logo
-	@$(RUN) pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env tests notebooks/22_claims.ipynb
+	@$(RUN) pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env tests notebooks/23_claims.ipynb
 
 clean:
 	rm -rf .venv _build notebooks/results .pytest_cache .ruff_cache unlearnlib.egg-info

@@ -45,7 +45,7 @@ CUT = """() => [...document.querySelectorAll('.bd-article :is(pre, table)')]
     < Math.max(node.getBoundingClientRect().right, node.getBoundingClientRect().left + node.scrollWidth) - 1)
   .slice(0, 3).map(node => `${node.tagName} ${node.textContent.trim().slice(0, 60)}`)"""
 # The dark colours are the style sheets', so pages that have all there is of code, tables and boxes speak for all.
-DARK = ("index", "notation", "04_newton", "09_fair_fight", "22_claims")
+DARK = ("index", "notation", "04_newton", "09_fair_fight", "23_claims")
 PAPER = 680  # pixels between the margins of a sheet of A4
 
 

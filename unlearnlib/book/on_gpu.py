@@ -4,7 +4,7 @@ Three parts, from the folder of the book. ``equality``: every algorithm gives on
 CPU; where there are three devices or more, several processes find what one finds. ``chapters``: the notebooks run
 at profile quick, where models are loaded onto the device; their tables can be compared with those of a CPU.
 ``scale``: seconds and bytes of the routes at the size of OPT-125M to OPT-2.7B, with random weights, beside what
-chapter 19's cost model and the planner of K-FAC in groups say. Nothing is downloaded for the first and the last.
+chapter 20's cost model and the planner of K-FAC in groups say. Nothing is downloaded for the first and the last.
 """
 
 import argparse

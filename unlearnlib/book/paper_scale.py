@@ -118,7 +118,7 @@ SMALL = tuple((2**k, m, block) for m in (64, 256, 1024) for block in (16, 64, 25
 
 
 def card_machine(card: str, task: Task | None = None) -> roofline.Machine | None:
-    """What chapter 19's rule makes of the data sheet of ``card``; None of a card that is not known."""
+    """What chapter 20's rule makes of the data sheet of ``card``; None of a card that is not known."""
     for name, (half, single, double, bandwidth) in CARDS.items():
         if name in card:
             whole = task is not None and task.precision == "float32"

@@ -55,7 +55,7 @@ INDELIBLE = {
     "methods": ("gradient_ascent", *FIRST_ORDER[1:3], "fisher_recursion", "kfac"),
 }
 
-# The processes of chapter 20 and widths and layers of its models, whose weights and sequences are random.
+# The processes of chapter 21 and widths and layers of its models, whose weights and sequences are random.
 MANY_GPUS = {"seeds": 1, "length": 49, "forget": 16, "m": 32, "processes": 2}
 
 # The model of chapter 13 and its sets are small, because private training is slow.
@@ -218,7 +218,7 @@ MOVED = FAIR_FIGHT | {
     "top": 4,
 }
 
-# The proxy of chapter 21 is to be cheap: smaller than the model, and trained for a shorter time.
+# The proxy of chapter 22 is to be cheap: smaller than the model, and trained for a shorter time.
 OWN_MODEL = {
     "proxy": small_opt(1024, hidden_size=32, layers=2),
     "proxy_training": Training(epochs=6, learning_rate=3e-3),
