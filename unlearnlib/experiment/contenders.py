@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.curvature.kronecker import kfac
+from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.experiment.case import Case
 from unlearnlib.losses import batched, hidden_states
 from unlearnlib.methods.first_order import (
@@ -22,10 +23,11 @@ from unlearnlib.methods.first_order import (
 )
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.newton_removal import NaturalPath, krylov_subspace
 from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
 from unlearnlib.methods.walks import RepairedAscent, adam_walk, sgd_walk
-from unlearnlib.weights import parameters, snapshot
+from unlearnlib.weights import parameters, set_weights, snapshot
 
 MAX_STEPS = 200
 """After so many steps of an optimizer a method that has not reached the target is given up."""
@@ -52,6 +54,7 @@ DAMPINGS = {
     "fisher_dual": (1e-4, 1e-3, 1e-2),
     "fisher_diagonal": (1e-7, 1e-6, 1e-5),
     "kfac": (1e-6, 1e-5, 1e-4),
+    "newton_cg": (5e-4, 2e-3, 8e-3),
 }
 """Where the search for λ begins, by curvature; each approximation has a scale of its own."""
 
@@ -172,7 +175,8 @@ def beyond(case: Case, build: Build, max_steps: int = MAX_STEPS) -> dict[str, Co
     ``soul`` takes many clipped diagonal steps; ``kfac:steps`` takes :data:`STEPS` steps of Fisher Removal, each
     with a gradient and a curvature (by ``build``, K-FAC) of its own. ``newton_cg:kfac`` takes one, along what a
     few conjugate gradients, with K-FAC as preconditioner, make of the Gauss–Newton matrix of :data:`M_NEWTON`
-    sequences.
+    sequences. ``newton_cg:natural`` takes all that stay, and goes as far as theory says; its damping is that of
+    the directions, and the one of the step is what brings it to a target.
     """
     forget, retain = case.splits.forget, case.estimation
 
@@ -199,10 +203,22 @@ def beyond(case: Case, build: Build, max_steps: int = MAX_STEPS) -> dict[str, Co
         matrix = BlockGaussNewton(model, retain[:M_NEWTON], everything, round(products), factors)
         return Line(model, removal_direction(matrix, delta, damping), forget, start)
 
+    @functools.cache
+    def prepared_natural() -> tuple:
+        model = case.original()
+        return model, snapshot(model), build(model), ascent_direction(model, forget), GaussNewton(model, retain)
+
+    def natural(damping: float) -> Path:
+        model, start, factors, delta, matrix = prepared_natural()
+        set_weights(model, start)
+        space = krylov_subspace(matrix, factors, delta, damping)
+        return NaturalPath(model, space.solve, forget, len(forget) / len(case.splits.retain), damping)
+
     both = "forget, retain"
     knobs = {"damping": (1e-4, 1e-3, 1e-2), "products": (2, 4, 8)}
     return {
         "soul": Contender(both, WEIGHTS, soul),
         "kfac:steps": Contender(both, {"damping": DAMPINGS["kfac"]}, in_steps),
         "newton_cg:kfac": Contender(both, knobs, newton),
+        "newton_cg:natural": Contender(both, {"damping": DAMPINGS["newton_cg"]}, natural),
     }

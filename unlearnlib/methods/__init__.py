@@ -27,6 +27,7 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.newton_removal import NaturalPath, Subspace, krylov_subspace
 from unlearnlib.methods.sophia import Sophia, bartlett_diagonal, sophia_walk
 from unlearnlib.methods.targets import (
     Target,
@@ -44,10 +45,12 @@ __all__ = [
     "Choice",
     "Line",
     "Match",
+    "NaturalPath",
     "Path",
     "RemovalInSteps",
     "RepairedAscent",
     "Sophia",
+    "Subspace",
     "Target",
     "Walk",
     "activation_loss",
@@ -64,6 +67,7 @@ __all__ = [
     "held_direction",
     "holdout_target",
     "kl_loss",
+    "krylov_subspace",
     "left_out_loss",
     "match_strength",
     "noise_kl",

@@ -1,0 +1,105 @@
+"""Newton's removal with its equation solved, and with the strength that theory gives.
+
+The step is θ + α(G + λI)⁻¹Δ, with G the Gauss–Newton matrix of all that stays and α = n₋/n₊. G is known by products
+alone, and a few have to do: directions are proposed by an approximation C of it, such as K-FAC, as in preconditioned
+conjugate gradients, and in the space that they span the best step is taken, for every λ at the same price. So λ is
+what brings the model to its target; 1/λ stands for how long the model was trained, as in chapter 5.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange
+from transformers import PreTrainedModel
+
+from unlearnlib.curvature.newton import MatrixFree
+from unlearnlib.curvature.protocol import Curvature, check_damping
+from unlearnlib.losses import mean_loss
+from unlearnlib.methods.matching import Match, match_strength
+from unlearnlib.weights import Vector, flatten, set_weights, snapshot, unflatten
+
+PRODUCTS = 8
+"""How many products with the matrix a step takes."""
+
+MOST_TRIED = 30
+"""How many dampings are tried at the most."""
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """What a symmetric matrix G and a vector v are within a space of directions.
+
+    ``basis`` V [k, d] has orthonormal rows, ``matrix`` is V G Vᵀ [k, k] and ``right`` is V v [k], both in float64 on
+    the CPU. ``like`` has the names and shapes of vectors.
+    """
+
+    basis: Tensor
+    matrix: Tensor
+    right: Tensor
+    like: Vector
+
+    def solve(self, damping: float) -> Vector:
+        """The x of the space with the least ½xᵀ(G + λI)x − vᵀx: (G + λI)⁻¹v, if that lies in it (Galerkin)."""
+        y = torch.linalg.solve(self.matrix + damping * torch.eye(len(self.right), dtype=torch.float64), self.right)
+        return unflatten(y.to(self.basis) @ self.basis, self.like)
+
+
+def krylov_subspace(
+    curvature: MatrixFree, preconditioner: Curvature, v: Vector, damping: float, products: int = PRODUCTS
+) -> Subspace:
+    """The space that preconditioned conjugate gradients for (G + λI)x = v search in so many ``products`` with G.
+
+    It begins with (C + λI)⁻¹v, and every further direction is (C + λI)⁻¹(G + λI) times the one before. Each is
+    made orthogonal to all before it. Raises ValueError for less than one product, and as the products do.
+    """
+    check_damping(damping)
+    if products < 1:
+        raise ValueError(f"a space of {products} products has no direction: take at least 1")
+    rows: list[Tensor] = []
+    matrix = torch.zeros(products, products, dtype=torch.float64)
+    proposed = preconditioner.solve(v, damping)
+    for k in trange(products, desc="products", leave=False, mininterval=1.0):
+        row = flatten(proposed)
+        for _ in range(2):  # twice is enough (Parlett 1998)
+            for other in rows:
+                row = row - (row @ other) * other
+        rows.append(row / row.norm())
+        product = flatten(curvature.matvec(unflatten(rows[k], v)))
+        for j, other in enumerate(rows):
+            matrix[j, k] = matrix[k, j] = (other @ product).item()
+        proposed = preconditioner.solve(unflatten(product + damping * rows[k], v), damping)
+    basis = torch.stack(rows)
+    return Subspace(basis, matrix, (basis @ flatten(v)).double().cpu(), v)
+
+
+class NaturalPath:
+    """The path θ + α x(λ) with α fixed, as λ falls: its strength is 1/λ.
+
+    A :class:`unlearnlib.methods.matching.Path`. ``solve(λ)`` is x(λ) = (C + λI)⁻¹Δ of some curvature, and ``share``
+    is α = n₋/n₊, the influence of n₋ removed sequences in a mean over the n₊ that stay. ``forget`` [n, tokens] are
+    the sequences whose loss is looked at. It starts from the weights that ``model`` has now, and the search for λ
+    from ``damping``. Raises ValueError if that is not positive.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, solve: Callable[[float], Vector], forget: Tensor, share: float, damping: float
+    ) -> None:
+        check_damping(damping)
+        self.model, self.solve, self.forget, self.share, self.damping = model, solve, forget, share, damping
+        self.start = snapshot(model)
+
+    def to(self, target: float) -> Match:
+        """Put the model where its forget loss is ``target`` nats, by the damping.
+
+        Where no damping is small enough the target is not reached: the space is too small, or the theory wrong.
+        """
+        match = match_strength(self._loss_at, target, start=1 / self.damping, max_evaluations=MOST_TRIED)
+        self._loss_at(match.strength)
+        return match
+
+    def _loss_at(self, strength: float) -> float:
+        step = self.solve(1 / strength) if strength > 0 else None
+        set_weights(self.model, self.start, step, self.share)
+        return mean_loss(self.model, self.forget)
