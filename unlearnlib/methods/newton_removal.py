@@ -1,9 +1,9 @@
 """Newton's removal with its equation solved, and with the strength that theory gives.
 
-The step is θ + α(G + λI)⁻¹Δ, with G the Gauss–Newton matrix of all that stays and α = n₋/n₊. G is known by products
-alone, and a few have to do: directions are proposed by an approximation C of it, such as K-FAC, as in preconditioned
-conjugate gradients, and in the space that they span the best step is taken, for every λ at the same price. So λ is
-what brings the model to its target; 1/λ stands for how long the model was trained, as in chapter 5.
+The step is θ + α(G + λI)⁻¹Δ, with G the Gauss–Newton matrix of all that stays and α = n₋/n₊. G is known by
+products alone, and a few have to do: directions are proposed by an approximation C of it, such as K-FAC, as in
+preconditioned conjugate gradients, and in the space that they span the best step is taken, for every λ at the same
+price. So λ is what brings the model to its target; 1/λ stands for how long it was trained, as in chapter 5.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ MOST_TRIED = 30
 class Subspace:
     """What a symmetric matrix G and a vector v are within a space of directions.
 
-    ``basis`` V [k, d] has orthonormal rows, ``matrix`` is V G Vᵀ [k, k] and ``right`` is V v [k], both in float64 on
-    the CPU. ``like`` has the names and shapes of vectors.
+    ``basis`` V [k, d] has orthonormal rows, ``matrix`` is V G Vᵀ [k, k] and ``right`` is V v [k], both in float64
+    on the CPU. ``like`` has the names and shapes of vectors.
     """
 
     basis: Tensor
@@ -77,14 +77,19 @@ def krylov_subspace(
 class NaturalPath:
     """The path θ + α x(λ) with α fixed, as λ falls: its strength is 1/λ.
 
-    A :class:`unlearnlib.methods.matching.Path`. ``solve(λ)`` is x(λ) = (C + λI)⁻¹Δ of some curvature, and ``share``
-    is α = n₋/n₊, the influence of n₋ removed sequences in a mean over the n₊ that stay. ``forget`` [n, tokens] are
-    the sequences whose loss is looked at. It starts from the weights that ``model`` has now, and the search for λ
-    from ``damping``. Raises ValueError if that is not positive.
+    A :class:`unlearnlib.methods.matching.Path`. ``solve(λ)`` is x(λ) = (C + λI)⁻¹Δ of some curvature, and
+    ``share`` is α = n₋/n₊, the influence of n₋ removed sequences in a mean over the n₊ that stay. ``forget``
+    [n, tokens] are the sequences whose loss is looked at. It starts from the weights that ``model`` has now, and
+    the search for λ from ``damping``. Raises ValueError if that is not positive.
     """
 
     def __init__(
-        self, model: PreTrainedModel, solve: Callable[[float], Vector], forget: Tensor, share: float, damping: float
+        self,
+        model: PreTrainedModel,
+        solve: Callable[[float], Vector],
+        forget: Tensor,
+        share: float,
+        damping: float,
     ) -> None:
         check_damping(damping)
         self.model, self.solve, self.forget, self.share, self.damping = model, solve, forget, share, damping
