@@ -12,16 +12,22 @@ from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.curvature.kronecker import Kronecker, ekfac
 from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.curvature.protocol import Curvature
+from unlearnlib.experiment.case import Case
+from unlearnlib.experiment.comparison import Settings
+from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import batched, sequence_losses, token_losses
 from unlearnlib.measures.attacks import calibrated
 from unlearnlib.measures.evaluation import membership_auc
-from unlearnlib.methods.fisher_updates import RemovalInSteps, removal_direction
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
 from unlearnlib.weights import Vector, difference, flatten, mean_gradient, unflatten
 
 POWERS = (1, 4)
 """The gradient of a token's loss is weighted by so high a power of how unlikely the token is."""
+
+AT_DISTANCE = ("kfac", "newton_descent")
+"""Methods that are measured a second time, where forget and holdout losses differ as the retrained model's do."""
 
 STEPS = 4
 """So many steps where there are several, and so many conjugate gradients in a block."""
@@ -102,7 +108,7 @@ def cures(
     factors: Kronecker,
     delta: Vector,
     damping: float,
-    build: Callable[[PreTrainedModel], Curvature],
+    build: Build,
 ) -> dict[str, Callable[[], Path]]:
     """By name, what might bring K-FAC's step closer to retraining: each makes a path from the original model.
 
@@ -149,3 +155,33 @@ def cures(
         "ekfac": along(lambda model: removal_direction(ekfac(model, retain, seed=case.seed), delta, damping)),
         "newton_cg:blocks": along(blocks),
     }
+
+
+def compare(case: Case, chosen: Settings, build: Build, max_steps: int) -> GapReport:
+    """Every method of ``chosen`` at matched forgetting on a case, beside two retrained models and the original.
+
+    What is :data:`AT_DISTANCE` is also brought to where it is as far from the strangers as the retrained model.
+    """
+    report = GapReport(case, case.retrained())
+    report.reference("retrained", report.retrained)
+    report.reference("retrained:again", case.retrained_again())
+    report.measure("original", case.original())
+    for method, setting in chosen.items():
+        contender = contenders_on(case, {"kfac": build}, max_steps)[method]
+        report.match(method, functools.partial(contender.path, **setting))
+        if method in AT_DISTANCE:
+            match_distance(report, method, contender.path(**setting))
+    return report
+
+
+def match_distance(report: Report, method: str, path: Path) -> None:
+    """Bring a method to the retrained model's *difference* of forget and holdout loss, and measure it there.
+
+    The holdout loss is taken from where ``method`` has been measured at matched forgetting, and is to change little
+    on the way from there. What is noted is ``method`` with the suffix ``:distance``.
+    """
+    found = {(row["method"], row["metric"]): row["value"] for row in report.rows}
+    off = found[method, "holdout_loss"] - found["retrained", "holdout_loss"]
+    match = path.to(report.target + off)
+    told = {"strength": match.strength, "reached": float(match.reached)}
+    report.measure(f"{method}:distance", path.model, **told)
