@@ -177,8 +177,8 @@ def compare(case: Case, chosen: Settings, build: Build, max_steps: int) -> GapRe
 def match_distance(report: Report, method: str, path: Path) -> None:
     """Bring a method to the retrained model's *difference* of forget and holdout loss, and measure it there.
 
-    The holdout loss is taken from where ``method`` has been measured at matched forgetting, and is to change little
-    on the way from there. What is noted is ``method`` with the suffix ``:distance``.
+    The holdout loss is taken from where ``method`` has been measured at matched forgetting; it should change little
+    from there. What is noted is ``method`` with the suffix ``:distance``.
     """
     found = {(row["method"], row["metric"]): row["value"] for row in report.rows}
     off = found[method, "holdout_loss"] - found["retrained", "holdout_loss"]
