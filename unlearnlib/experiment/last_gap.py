@@ -177,7 +177,7 @@ def compare(case: Case, chosen: Settings, build: Build, max_steps: int) -> GapRe
 def match_distance(report: Report, method: str, path: Path) -> None:
     """Bring a method to the retrained model's *difference* of forget and holdout loss, and measure it there.
 
-    The holdout loss is taken from where ``method`` has been measured at matched forgetting; it should change little
+    The holdout loss is that of ``method`` as it has been measured at matched forgetting; it should change little
     from there. What is noted is ``method`` with the suffix ``:distance``.
     """
     found = {(row["method"], row["metric"]): row["value"] for row in report.rows}
