@@ -261,8 +261,10 @@ LAST_GAP = {
     "methods": ("gradient_difference", "kfac", "newton_cg:natural", "newton_descent"),
     "products": 12,
     "dampings": (1e-4, 1e-3, 1e-2),
-    "rates": (2e-4, 8e-4),
     "multiples": (0.5, 1.0, 2.0),
+    "rates": (4e-4, 8e-4, 1.6e-3),
+    "weight": 8.0,  # of ascent with a KL term
+    "m_blocks": 224,
     "relearning_steps": 10,
     "relearning_rate": 3e-4,
 }
@@ -658,9 +660,13 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "model": small_opt(1024, hidden_size=64, layers=2),
             "retain": 256,
             "holdout": 128,
+            "given": (("newton_cg:natural", "damping", 2e-3),),
+            "products": 8,
             "dampings": (1e-3, 1e-2),
+            "rates": (8e-4, 1.6e-3),
+            "m_blocks": 64,
             "most": 5,
-            "max_steps": 60,
+            "max_steps": 40,
         },
         "cpu": LAST_GAP
         | {

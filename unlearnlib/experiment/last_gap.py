@@ -1,5 +1,6 @@
 """What an attacker with reference models sees of K-FAC's step, and what changes it."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 
@@ -109,12 +110,14 @@ def cures(
     delta: Vector,
     damping: float,
     build: Build,
+    m_blocks: int,
 ) -> dict[str, Callable[[], Path]]:
     """By name, what might bring K-FAC's step closer to retraining: each makes a path from the original model.
 
     ``factors`` are K-FAC of the texts that stay and ``delta`` the forget gradient, both at the original weights;
-    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps. One of them
-    is given what nobody has: the retrained model's own loss on every text.
+    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps, and the exact
+    matrix of every single matrix of weights is that of ``m_blocks`` sequences. One cure is given what nobody has:
+    the retrained model's own loss on every text.
     """
     case = report.case
     forget, retain = case.splits.forget, case.estimation
@@ -143,7 +146,7 @@ def cures(
         )
 
     def blocks(model: PreTrainedModel) -> Vector:
-        return BlockGaussNewton(model, retain, None, STEPS, factors).solve(delta, damping)
+        return BlockGaussNewton(model, retain[:m_blocks], None, STEPS, factors).solve(delta, damping)
 
     return {
         "kfac": along(lambda model: removal_direction(factors, delta, damping)),
@@ -157,21 +160,29 @@ def cures(
     }
 
 
-def compare(case: Case, chosen: Settings, build: Build, max_steps: int) -> GapReport:
+def compare(
+    case: Case, chosen: Settings, build: Build, max_steps: int
+) -> tuple[GapReport, dict[str, PreTrainedModel]]:
     """Every method of ``chosen`` at matched forgetting on a case, beside two retrained models and the original.
 
-    What is :data:`AT_DISTANCE` is also brought to where it is as far from the strangers as the retrained model.
+    ``chosen`` has the setting of each, ``build`` makes K-FAC, and what goes in steps of an optimizer takes
+    ``max_steps`` at the most. What is :data:`AT_DISTANCE` is also brought to where it is as far from the strangers
+    as the retrained model. Returns the report, and by name the models at matched forgetting.
     """
     report = GapReport(case, case.retrained())
-    report.reference("retrained", report.retrained)
-    report.reference("retrained:again", case.retrained_again())
-    report.measure("original", case.original())
+    models = {"retrained": report.retrained, "retrained:again": case.retrained_again()}
+    for method, model in models.items():
+        report.reference(method, model)
+    models["original"] = case.original()
+    report.measure("original", models["original"])
+    contenders = contenders_on(case, {"kfac": build}, max_steps)
     for method, setting in chosen.items():
-        contender = contenders_on(case, {"kfac": build}, max_steps)[method]
-        report.match(method, functools.partial(contender.path, **setting))
+        path = contenders[method].path(**setting)
+        report.match(method, path)
+        models[method] = copy.deepcopy(path.model)
         if method in AT_DISTANCE:
-            match_distance(report, method, contender.path(**setting))
-    return report
+            match_distance(report, method, contenders[method].path(**setting))
+    return report, models
 
 
 def match_distance(report: Report, method: str, path: Path) -> None:
