@@ -263,7 +263,6 @@ LAST_GAP = {
     "dampings": (1e-4, 1e-3, 1e-2),
     "multiples": (0.5, 1.0, 2.0),
     "rates": (4e-4, 8e-4, 1.6e-3),
-    "weight": 8.0,  # of ascent with a KL term
     "m_blocks": 224,
     "relearning_steps": 10,
     "relearning_rate": 3e-4,

@@ -115,9 +115,9 @@ def cures(
     """By name, what might bring K-FAC's step closer to retraining: each makes a path from the original model.
 
     ``factors`` are K-FAC of the texts that stay and ``delta`` the forget gradient, both at the original weights;
-    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps, and the exact
-    matrix of every single matrix of weights is that of ``m_blocks`` sequences. One cure is given what nobody has:
-    the retrained model's own loss on every text.
+    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps; the exact
+    curvature of each matrix of weights is that of ``m_blocks`` sequences. One cure is given what nobody has: the
+    retrained model's own loss on every text.
     """
     case = report.case
     forget, retain = case.splits.forget, case.estimation
