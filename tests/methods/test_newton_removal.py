@@ -290,6 +290,21 @@ def test_the_path_leads_to_the_target_and_leaves_the_model_there():
         assert natural_path(fresh, forget).to(before + rise).strength == pytest.approx(match.strength, rel=1e-6)
 
 
+def test_frozen_weights_take_no_part():
+    model, forget = tiny_model(), random_sequences(6)
+    before, whole = mean_loss(model, forget), weights.snapshot(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    path = natural_path(model, forget)
+    assert path.to(before + 0.05).reached
+    assert list(path.solve(DAMPING)) == list(weights.parameters(model))
+    for p in model.parameters():
+        p.requires_grad_(True)
+    moved = {name for name, p in weights.snapshot(model).items() if not torch.equal(p, whole[name])}
+    assert moved
+    assert all("layers.1" in name for name in moved)
+
+
 def test_a_target_that_no_damping_reaches_is_said():
     model, forget = tiny_model(), random_sequences(6)
     before, path = mean_loss(model, forget), natural_path(model, forget, share=1e-5)
