@@ -57,6 +57,10 @@ class Subspace:
         y = torch.cholesky_solve(self.right[:, None], root)[:, 0]
         return unflatten(y.to(self.basis) @ self.basis, self.like)
 
+    def first(self, number: int) -> "Subspace":
+        """The space of the first ``number`` directions, as so many products would have made it."""
+        return Subspace(self.basis[:number], self.matrix[:number, :number], self.right[:number], self.like)
+
 
 def krylov_subspace(
     curvature: Curvature, preconditioner: Curvature, v: Vector, damping: float, products: int = PRODUCTS
