@@ -137,6 +137,15 @@ def test_what_it_holds_is_the_matrix_and_the_vector_within_the_space():
     torch.testing.assert_close(space.right, space.basis @ weights.flatten(V))
 
 
+def test_the_first_directions_are_the_space_of_so_many_products():
+    curvature = singular()
+    whole = krylov_subspace(curvature, diagonal_of(curvature), V, DAMPING, 5)
+    for number in (1, 3, 5):
+        fewer = krylov_subspace(curvature, diagonal_of(curvature), V, DAMPING, number)
+        for name, value in whole.first(number).solve(0.3).items():
+            torch.testing.assert_close(value, fewer.solve(0.3)[name], rtol=1e-10, atol=1e-12)
+
+
 def test_a_perfect_preconditioner_needs_one_product():
     curvature = singular()
     space = krylov_subspace(curvature, Dense(curvature.matrix), V, DAMPING, 1)
