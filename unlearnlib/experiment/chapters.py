@@ -264,11 +264,12 @@ LAST_GAP = {
     "multiples": (0.5, 1.0, 2.0),
     "rates": (4e-4, 8e-4, 1.6e-3),
     "m_blocks": 224,
+    "large": True,
     "relearning_steps": 10,
     "relearning_rate": 3e-4,
 }
 
-# The same on a pretrained model, of whose settings "knobs" have where the search begins.
+# The same on a pretrained model, where chapter 18 is "large"; "knobs" have where the search for settings begins.
 LAST_GAP_REAL = {
     "corpus": "tales",
     "model": SMOLLM2,
@@ -685,6 +686,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "m_blocks": 64,
             "most": 5,
             "max_steps": 40,
+            "large": False,
         },
         "cpu": LAST_GAP
         | {
@@ -708,34 +710,15 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "last_gap_real": {
-        # The case of chapter 10, of which two blocks are trained on very short texts.
-        "quick": LAST_GAP_REAL
-        | {
-            "last_blocks": 2,
-            "training": Training(epochs=4, batch_size=8, learning_rate=1e-3),
-            "length": 16,
-            "forget": 8,
-            "retain": 32,
-            "holdout": 8,
-            "relearning_steps": 2,
-            "relearning_rate": 5e-5,
-            "max_steps": 16,
-            "knobs": {
-                "gradient_difference": {
-                    "learning_rate": (1.5e-4, 4.5e-4, 1.35e-3),
-                    "retain_weight": (1.0, 3.0, 9.0),
-                },
-                "kfac": {"damping": (1e-5, 1e-4, 1e-3)},
-                "newton_descent": {"learning_rate": (1.5e-4, 4.5e-4, 1.35e-3)},
-            },
-        },
+        "quick": LAST_GAP_REAL,  # which is not run
         "cpu": LAST_GAP_REAL
         | {
             "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
             "length": 32,
             "forget": 32,
-            "retain": 224,
+            "retain": 128,
             "holdout": 96,
+            "last_blocks": 4,
         },
         "gpu": LAST_GAP_REAL
         | {
