@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.paper import PAPER
-from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
+from unlearnlib.experiment.profiles import GPU, HUB_ARCHITECTURES, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
@@ -700,8 +700,11 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": LAST_GAP
         | {
             "corpora": PAPER.corpora,
+            # The smallest of the paper's family: one cure has all gradients of the forget texts in memory, twice.
+            "model": HUB_ARCHITECTURES["OPT"][0],
             "seeds": 3,
             "length": 64,
+            "forget": 32,
             "retain": 640,
             "holdout": 192,
             "dampings": (1e-6, 1e-5, 1e-4),
@@ -722,7 +725,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "gpu": LAST_GAP_REAL
         | {
-            "model": GPU.model,
+            "model": HUB_ARCHITECTURES["OPT"][-1],
             "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
             "length": 64,
             "forget": 64,
