@@ -255,6 +255,18 @@ ONION = {
     "swept": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
 }
 
+# What chapter 18 compares on each corpus, with so many products with the curvature at the most on the first case,
+# dampings that are gone through there, and multiples of the strength that theory gives.
+LAST_GAP = {
+    "methods": (*FIRST_ORDER[2:], "gradient_ascent:kl", "kfac", "newton_cg:natural", "newton_descent"),
+    "products": 12,
+    "dampings": (1e-4, 1e-3, 1e-2),
+    "rates": (2e-4, 8e-4),
+    "multiples": (0.5, 1.0, 2.0),
+    "relearning_steps": 10,
+    "relearning_rate": 3e-4,
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {
@@ -635,6 +647,41 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 200,
             "m_recursion": 16,
             "block_size": 16,
+        },
+    },
+    "last_gap": {
+        # The case of chapter 3, and so its models.
+        "quick": LAST_GAP
+        | {
+            "corpora": "reuters",
+            "seeds": 1,
+            "model": small_opt(1024, hidden_size=64, layers=2),
+            "retain": 256,
+            "holdout": 128,
+            "methods": ("gradient_difference", "kfac", "newton_cg:natural", "newton_descent"),
+            "dampings": (1e-3, 1e-2),
+            "most": 5,
+            "max_steps": 60,
+        },
+        "cpu": LAST_GAP
+        | {
+            "corpora": "reuters,tales,socialiqa,maths",
+            "seeds": 5,
+            "retain": 512,
+            "training": Training(epochs=10, batch_size=16, learning_rate=3e-3),
+            "most": 8,
+            "max_steps": 200,
+        },
+        "gpu": LAST_GAP
+        | {
+            "corpora": PAPER.corpora,
+            "seeds": 3,
+            "length": 64,
+            "retain": 640,
+            "holdout": 192,
+            "dampings": (1e-6, 1e-5, 1e-4),
+            "most": 8,
+            "max_steps": 200,
         },
     },
     "own_model": {

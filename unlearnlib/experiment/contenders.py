@@ -23,6 +23,7 @@ from unlearnlib.methods.first_order import (
 )
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.newton_descent import newton_loss
 from unlearnlib.methods.newton_removal import NaturalPath, krylov_subspace
 from unlearnlib.methods.sophia import sophia_walk
 from unlearnlib.methods.tuning import Knobs
@@ -88,7 +89,10 @@ def contenders_on(case: Case, builds: Mapping[str, Build], max_steps: int = MAX_
 
 
 def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
-    """By method, the first-order contenders on ``case``."""
+    """By method, the contenders on ``case`` that take first derivatives only.
+
+    ``newton_descent`` is among them, which descends with these what Newton's equation is the minimum of.
+    """
     forget, retain = case.splits.forget, case.estimation
 
     def one_step() -> Path:
@@ -128,6 +132,15 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
         away, keep = misdirected()
         return adam(with_retain(away, retain_weight, keep), learning_rate)
 
+    @functools.cache
+    def contribution() -> Loss:
+        """What Newton's step by descent descends: with the gradient at the original, once for all settings."""
+        model = case.original()
+        return newton_loss(model, ascent_direction(model, forget), len(forget) / len(case.splits.retain))
+
+    def newton(learning_rate: float) -> Path:
+        return adam(contribution(), learning_rate)
+
     def repaired(learning_rate: float, overshoot: float) -> Path:
         return RepairedAscent(case.original(), forget, retain, learning_rate, overshoot, case.seed, max_steps)
 
@@ -150,6 +163,7 @@ def first_order(case: Case, max_steps: int = MAX_STEPS) -> dict[str, Contender]:
         "simnpo:retain": Contender(both, of_simnpo, simnpo),
         "rmu": Contender(both, WEIGHTS, rmu),
         "gradient_ascent:repaired": Contender(both, RATES | {"overshoot": (0.25, 0.5, 1.0)}, repaired),
+        "newton_descent": Contender(both, RATES, newton),
     }
 
 

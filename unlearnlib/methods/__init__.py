@@ -27,6 +27,7 @@ from unlearnlib.methods.matching import (
     match_strength,
     sweep,
 )
+from unlearnlib.methods.newton_descent import newton_loss
 from unlearnlib.methods.newton_removal import NaturalPath, Subspace, krylov_subspace
 from unlearnlib.methods.sophia import Sophia, bartlett_diagonal, sophia_walk
 from unlearnlib.methods.targets import (
@@ -70,6 +71,7 @@ __all__ = [
     "krylov_subspace",
     "left_out_loss",
     "match_strength",
+    "newton_loss",
     "noise_kl",
     "npo_loss",
     "removal_direction",
