@@ -1,5 +1,6 @@
 """What an attacker with reference models sees of K-FAC's step, and what changes it."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 
@@ -12,16 +13,22 @@ from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.curvature.kronecker import Kronecker, ekfac
 from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.curvature.protocol import Curvature
+from unlearnlib.experiment.case import Case
+from unlearnlib.experiment.comparison import Settings
+from unlearnlib.experiment.contenders import contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import batched, sequence_losses, token_losses
 from unlearnlib.measures.attacks import calibrated
 from unlearnlib.measures.evaluation import membership_auc
-from unlearnlib.methods.fisher_updates import RemovalInSteps, removal_direction
+from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
 from unlearnlib.weights import Vector, difference, flatten, mean_gradient, unflatten
 
 POWERS = (1, 4)
 """The gradient of a token's loss is weighted by so high a power of how unlikely the token is."""
+
+AT_DISTANCE = ("kfac", "newton_descent")
+"""Methods that are measured a second time, where forget and holdout losses differ as the retrained model's do."""
 
 STEPS = 4
 """So many steps where there are several, and so many conjugate gradients in a block."""
@@ -102,13 +109,15 @@ def cures(
     factors: Kronecker,
     delta: Vector,
     damping: float,
-    build: Callable[[PreTrainedModel], Curvature],
+    build: Build,
+    m_blocks: int,
 ) -> dict[str, Callable[[], Path]]:
     """By name, what might bring K-FAC's step closer to retraining: each makes a path from the original model.
 
     ``factors`` are K-FAC of the texts that stay and ``delta`` the forget gradient, both at the original weights;
-    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps. One of them
-    is given what nobody has: the retrained model's own loss on every text.
+    λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps; the exact
+    curvature of each matrix of weights is that of ``m_blocks`` sequences. One cure is given what nobody has: the
+    retrained model's own loss on every text.
     """
     case = report.case
     forget, retain = case.splits.forget, case.estimation
@@ -137,7 +146,7 @@ def cures(
         )
 
     def blocks(model: PreTrainedModel) -> Vector:
-        return BlockGaussNewton(model, retain, None, STEPS, factors).solve(delta, damping)
+        return BlockGaussNewton(model, retain[:m_blocks], None, STEPS, factors).solve(delta, damping)
 
     return {
         "kfac": along(lambda model: removal_direction(factors, delta, damping)),
@@ -149,3 +158,41 @@ def cures(
         "ekfac": along(lambda model: removal_direction(ekfac(model, retain, seed=case.seed), delta, damping)),
         "newton_cg:blocks": along(blocks),
     }
+
+
+def compare(
+    case: Case, chosen: Settings, build: Build, max_steps: int
+) -> tuple[GapReport, dict[str, PreTrainedModel]]:
+    """Every method of ``chosen`` at matched forgetting on a case, beside two retrained models and the original.
+
+    ``chosen`` has the setting of each, ``build`` makes K-FAC, and what goes in steps of an optimizer takes
+    ``max_steps`` at the most. What is :data:`AT_DISTANCE` is also brought to where it is as far from the strangers
+    as the retrained model. Returns the report, and by name the models at matched forgetting.
+    """
+    report = GapReport(case, case.retrained())
+    models = {"retrained": report.retrained, "retrained:again": case.retrained_again()}
+    for method, model in models.items():
+        report.reference(method, model)
+    models["original"] = case.original()
+    report.measure("original", models["original"])
+    contenders = contenders_on(case, {"kfac": build}, max_steps)
+    for method, setting in chosen.items():
+        path = contenders[method].path(**setting)
+        report.match(method, path)
+        models[method] = copy.deepcopy(path.model)
+        if method in AT_DISTANCE:
+            match_distance(report, method, contenders[method].path(**setting))
+    return report, models
+
+
+def match_distance(report: Report, method: str, path: Path) -> None:
+    """Bring a method to the retrained model's *difference* of forget and holdout loss, and measure it there.
+
+    The holdout loss is that of ``method`` as it has been measured at matched forgetting; it should change little
+    from there. What is noted is ``method`` with the suffix ``:distance``.
+    """
+    found = {(row["method"], row["metric"]): row["value"] for row in report.rows}
+    off = found[method, "holdout_loss"] - found["retrained", "holdout_loss"]
+    match = path.to(report.target + off)
+    told = {"strength": match.strength, "reached": float(match.reached)}
+    report.measure(f"{method}:distance", path.model, **told)
