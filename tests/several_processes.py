@@ -13,6 +13,7 @@ from helpers import random_sequences, tiny_model
 
 from unlearnlib import curvature, distributed, methods, weights
 from unlearnlib.curvature.kronecker_groups import kfac_in_groups
+from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.losses import batched, mean_loss, sequence_losses
 
 DEVICE = os.environ.get("UNLEARNLIB_TEST_DEVICE") or "cpu"
@@ -44,6 +45,10 @@ def measured(model):
         found[f"{name}:product"] = built.matvec(delta)
         found[f"{name}:step"] = built.solve(delta, DAMPING)
         found[f"{name}:power"] = built.power(delta, -0.25, DAMPING)
+    exact, factors = GaussNewton(model, RETAIN), curvature.kfac(model, RETAIN)
+    found["gauss_newton:product"] = exact.matvec(delta)
+    found["newton"] = methods.krylov_subspace(exact, factors, delta, DAMPING, products=3).solve(DAMPING)
+    found["one:product"] = GaussNewton(model, RETAIN[:1]).matvec(delta)
     start = weights.snapshot(model)
     methods.Line(model, found["kfac:step"], FORGET).to(mean_loss(model, FORGET) + 0.05)
     found["matched"] = weights.snapshot(model)

@@ -106,6 +106,15 @@ def block_gauss_newton(model):
     return built.solve(delta(model), DAMPING)
 
 
+def natural_newton(model):
+    """What the space holds, and where the path leads."""
+    v, preconditioner = delta(model), curvature.kfac(model, RETAIN)
+    space = methods.krylov_subspace(GaussNewton(model, RETAIN), preconditioner, v, DAMPING, products=3)
+    path = methods.NaturalPath(model, space.solve, FORGET, len(FORGET) / len(RETAIN), DAMPING)
+    match = path.to(mean_loss(model, FORGET) + 0.05)
+    return space.matrix, space.solve(DAMPING), weights.snapshot(model), match.loss, match.strength
+
+
 def recursion(model):
     gradients = curvature.sequence_gradients(model, RETAIN)
     row = weights.flatten(delta(model))
@@ -221,6 +230,7 @@ ALGORITHMS = {
     "newton": newton,
     "gauss_newton": gauss_newton,
     "block_gauss_newton": block_gauss_newton,
+    "newton_cg:natural": natural_newton,
     "fisher_recursion": recursion,
     "fisher_dual": dual,
     "fisher_dual:drawn": dual_of_drawn_labels,

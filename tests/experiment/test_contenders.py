@@ -5,7 +5,7 @@ from helpers import random_sequences, tiny_model
 from unlearnlib import weights
 from unlearnlib.experiment import contenders
 from unlearnlib.experiment.curvatures import curvature_builders
-from unlearnlib.losses import mean_loss
+from unlearnlib.losses import counted_passes, mean_loss
 
 
 class ToyCase:
@@ -18,6 +18,7 @@ class ToyCase:
 
     class splits:
         forget = random_sequences(6)
+        retain = random_sequences(24, seed=1)
 
     estimation = random_sequences(20, seed=1)
 
@@ -73,6 +74,31 @@ def test_one_product_goes_along_kfac_and_more_lead_elsewhere(all_of_them):
     kfac = contenders.removal(case, "kfac", builds["kfac"]).path(damping=1e-3).direction
     assert weights.cosine(newton(damping=1e-3, products=1.0).direction, kfac) == pytest.approx(1, abs=1e-4)
     assert weights.cosine(newton(damping=1e-3, products=4.0).direction, kfac) < 0.999
+
+
+def test_the_natural_step_has_theorys_strength_and_takes_eight_products_with_all_that_stays(all_of_them):
+    case, _ = all_of_them
+    built, builder = [], curvature_builders(case.estimation)["kfac"]
+
+    def build(model):
+        built.append(model)
+        return builder(model)
+
+    newton = contenders.beyond(case, build)["newton_cg:natural"].path
+    newton(damping=1e-2)
+    with counted_passes() as passes:
+        path = newton(damping=1e-3)
+    assert passes.plain == pytest.approx(2 * 8 * len(case.estimation))
+    assert len(built) == 1
+    assert path.share == 6 / 24
+    before = mean_loss(case.original(), case.splits.forget)
+    match = path.to(before + 0.05)
+    assert match.reached
+    step = path.solve(1 / match.strength)
+    moved = weights.difference(weights.snapshot(path.model), path.start)
+    assert weights.norm(moved) == pytest.approx(6 / 24 * weights.norm(step), rel=1e-3)
+    again = newton(damping=1e-3)  # from the original, whatever was done to the model
+    assert again.to(before).strength == 0
 
 
 def test_steps_of_removal_each_have_their_own_curvature(all_of_them):

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from unlearnlib import cache, cost, losses, weights
-from unlearnlib.curvature import kronecker
+from unlearnlib.curvature import kronecker, kronecker_groups
+from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
 from unlearnlib.losses import sequence_losses
 from unlearnlib.measures import exposure
 from unlearnlib.methods.matching import Line
+from unlearnlib.methods.newton_removal import PRODUCTS
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
 from unlearnlib.own import checks, fulfilment, methods, rehearsal, request, texts
@@ -444,7 +446,7 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
     assert checks.available_bytes(CPU) == 5
 
 
-@pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac"])
+@pytest.mark.parametrize("method", ["gradient_ascent", "gradient_difference", "fisher_dual", "ekfac", "newton"])
 def test_the_estimate_of_memory_covers_what_is_used(folder, tmp_path, monkeypatch, method):
     request = make(folder, tmp_path / "out", method=method, strength=1, damping=1e-3, retain_weight=1)
     model = load(request.model)
@@ -642,6 +644,59 @@ def test_the_difference_form_goes_along_the_difference_of_the_gradients(folder, 
     left = weights.add(moved, direction, -0.01)
     assert weights.norm(left) < 1e-3 * weights.norm(moved)
     assert report["result"]["slope"] == pytest.approx(0.01 * weights.dot(g, direction).item(), rel=1e-3)
+
+
+def test_newtons_step_is_theorys_share_of_what_conjugate_gradients_find(folder, tmp_path, caplog):
+    request = make(folder, tmp_path / "out", method="newton", strength=1 / 0.05, damping=0.05)
+    with caplog.at_level("INFO", logger="unlearnlib.own"):
+        report = fulfilment.fulfil(request, CPU)
+    material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
+    numbers = (len(material.estimation), len(material.forget), len(material.retain))
+    told = "about 16 passes over {} sequences, and theory gives it the strength n₋/n₊ = {}/{}".format(*numbers)
+    assert told in caplog.text
+    model = load(request.model)
+    start = weights.snapshot(model)
+    delta, g = (
+        weights.mean_gradient(model, rows, sequence_losses) for rows in (material.forget, material.estimation)
+    )
+    everything = [tuple(weights.parameters(model))]
+    factors = kronecker.kfac(model, material.estimation)
+    x = BlockGaussNewton(model, material.estimation, everything, PRODUCTS, factors).solve(delta, 0.05)
+    share = len(material.forget) / len(material.retain)
+    moved = weights.difference(weights.snapshot(load(request.output)), start)
+    assert weights.norm(weights.add(moved, x, -share)) < 1e-3 * weights.norm(moved)
+    assert report["result"]["slope"] == pytest.approx(share * weights.dot(g, x).item(), rel=1e-2)
+    assert "(1/λ, the inverse damping of the step n₋/n₊ (G + λI)⁻¹Δ), λ of the directions = 0.05." in (
+        (tmp_path / "out" / "report.md").read_text()
+    )
+
+
+def test_newton_comes_to_the_references_loss_with_factors_that_kfac_has_left(folder, tmp_path, monkeypatch):
+    settings = {"strength": "match", "reference": str(folder / "opt" / "reference")}
+    settings |= {"factors": str(tmp_path / "factors")}
+    fulfilment.fulfil(make(folder, tmp_path / "first", method="kfac", damping=0.1, **settings), CPU)
+    monkeypatch.setattr(kronecker_groups, "build_group", None)  # so that nothing can be built
+    report = fulfilment.fulfil(make(folder, tmp_path / "second", method="newton", **settings), CPU)
+    result, measured = report["result"], report["measures"]
+    assert result["reached"]
+    assert measured["after"]["forget_loss"] == pytest.approx(measured["reference"]["forget_loss"], abs=0.011)
+    tried = [row for row in result["settings_tried"] if row["reached"]]
+    assert {0.0005, 0.002, 0.008} <= {row["damping"] for row in result["settings_tried"]}
+    best = min(tried, key=lambda row: row["validation_loss"])
+    assert result["setting"] == {"damping": best["damping"]}
+    assert result["strength"] == best["strength"]
+    assert measured["after"]["validation_loss"] == pytest.approx(best["validation_loss"], abs=1e-3)
+
+
+def test_where_theorys_strength_does_not_lead_newton_says_what_would(folder, tmp_path):
+    forget = write(tmp_path / "few.jsonl", FORGET[:1])
+    settings = {"method": "newton", "strength": "match", "target_loss": 20.0, "damping": 10.0}
+    report = fulfilment.fulfil(make(folder, tmp_path / "out", forget_file=forget, **settings), CPU)
+    assert not report["result"]["reached"]
+    [said] = [warning for warning in report["warnings"] if "was not reached" in warning]
+    assert "give a smaller damping, which proposes sharper ones, than 10, or try another method" in said
+    assert report["measures"]["after"]["forget_loss"] > report["measures"]["before"]["forget_loss"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_gradient_difference_chooses_its_weight_and_rate_and_is_where_they_lead(folder, tmp_path, monkeypatch):

@@ -130,6 +130,8 @@ def test_what_is_above_the_retrained_model_is_paired_by_seed_and_corpus():
 def test_methods_have_names_for_people():
     assert results.method_label("gradient_ascent:adam") == "gradient ascent (adam)"
     assert results.method_label("kfac:held") == "K-FAC (held)"
+    assert results.method_label("newton_cg:kfac") == "Newton-CG (kfac)"
+    assert results.method_label("newton_cg:natural") == "Newton (natural)"
     assert results.method_label("noise:inverse_root") == "noise (inverse root)"
 
 

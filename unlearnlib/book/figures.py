@@ -44,6 +44,8 @@ METHOD_STYLES = {
     "soul": {"color": PURPLE, "marker": "D"},
     "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
+    "newton_cg:natural": {"color": ORANGE, "marker": "X"},
+    "newton": {"color": ORANGE, "marker": "X"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
     "fisher_dual": {"color": BLUE, "marker": ">"},
     "fisher_diagonal": {"color": SKY, "marker": "v"},

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from unlearnlib import distributed
 from unlearnlib.cost import measure
 from unlearnlib.curvature.krylov import (
     REMEDY,
@@ -28,7 +29,7 @@ from unlearnlib.curvature.krylov import (
     smallest_eigenvalue,
 )
 from unlearnlib.curvature.protocol import check_damping
-from unlearnlib.losses import batches, logits, note_pass, sequence_losses
+from unlearnlib.losses import logits, note_pass, sequence_losses, shared_batches
 from unlearnlib.weights import Vector, flatten, mean_gradient, parameters, unflatten
 
 Measure = Callable[[PreTrainedModel, Tensor], Tensor]
@@ -69,13 +70,17 @@ class MatrixFree:
         raise NotImplementedError
 
     def matvec(self, v: Vector) -> Vector:
-        """The product C v. Raises FloatingPointError if it is not finite."""
+        """The product C v; several processes take a share of the sequences each.
+
+        Raises FloatingPointError if it is not finite.
+        """
         total = {name: torch.zeros_like(p) for name, p in parameters(self.model).items()}
         # The math kernel is the one that can be differentiated twice, and forwards.
-        with sdpa_kernel(SDPBackend.MATH):
-            for batch in batches(self.model, self.sequences):
+        with distributed.together(), sdpa_kernel(SDPBackend.MATH):
+            for batch, _ in shared_batches(self.model, self.sequences):
                 for value, part in zip(total.values(), self.batch_product(batch, v), strict=True):
                     value += part / len(self.sequences)
+        distributed.sum_over(total.values())
         finite = torch.stack([torch.isfinite(value).all() for value in total.values()])
         if not finite.all():  # looked at once: an accelerator would have to wait every time
             name = list(total)[int((~finite).nonzero()[0])]

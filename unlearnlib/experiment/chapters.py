@@ -268,6 +268,24 @@ LAST_GAP = {
     "relearning_rate": 3e-4,
 }
 
+# The same on a pretrained model, of whose settings "knobs" have where the search begins.
+LAST_GAP_REAL = {
+    "corpus": "tales",
+    "model": SMOLLM2,
+    "vocabulary": None,
+    "seeds": 1,
+    "references": 1,
+    "relearning_steps": 6,
+    "relearning_rate": 4e-5,
+    "most": 5,
+    "max_steps": 30,
+    "knobs": {
+        "gradient_difference": {"learning_rate": (1e-5, 3e-5, 9e-5), "retain_weight": (1.0, 3.0, 9.0)},
+        "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
+        "newton_descent": {"learning_rate": (1e-5, 3e-5, 9e-5)},
+    },
+}
+
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "unlearning_problem": {"quick": {"seeds": 1}, "cpu": {}, "gpu": {}},
     "gradient_ascent": {
@@ -686,6 +704,47 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "dampings": (1e-6, 1e-5, 1e-4),
             "most": 8,
             "max_steps": 200,
+        },
+    },
+    "last_gap_real": {
+        # The case of chapter 10, of which two blocks are trained on very short texts.
+        "quick": LAST_GAP_REAL
+        | {
+            "last_blocks": 2,
+            "training": Training(epochs=4, batch_size=8, learning_rate=1e-3),
+            "length": 16,
+            "forget": 8,
+            "retain": 32,
+            "holdout": 8,
+            "relearning_steps": 2,
+            "relearning_rate": 5e-5,
+            "max_steps": 16,
+            "knobs": {
+                "gradient_difference": {
+                    "learning_rate": (1.5e-4, 4.5e-4, 1.35e-3),
+                    "retain_weight": (1.0, 3.0, 9.0),
+                },
+                "kfac": {"damping": (1e-5, 1e-4, 1e-3)},
+                "newton_descent": {"learning_rate": (1.5e-4, 4.5e-4, 1.35e-3)},
+            },
+        },
+        "cpu": LAST_GAP_REAL
+        | {
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
+            "length": 32,
+            "forget": 32,
+            "retain": 224,
+            "holdout": 96,
+        },
+        "gpu": LAST_GAP_REAL
+        | {
+            "model": GPU.model,
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
+            "length": 64,
+            "forget": 64,
+            "retain": 384,
+            "holdout": 128,
+            "seeds": 3,
         },
     },
     "own_model": {

@@ -6,6 +6,7 @@ preconditioned conjugate gradients, and in the space that they span the best ste
 price. So λ is what brings the model to its target; 1/λ stands for how long it was trained, as in chapter 5.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import trange
 from transformers import PreTrainedModel
 
-from unlearnlib.curvature.newton import MatrixFree
+from unlearnlib.curvature.krylov import NegativeCurvature
 from unlearnlib.curvature.protocol import Curvature, check_damping
 from unlearnlib.losses import mean_loss
-from unlearnlib.methods.matching import Match, match_strength
+from unlearnlib.methods.matching import LeadsNowhere, Match, match_strength
 from unlearnlib.weights import Vector, flatten, set_weights, snapshot, unflatten
 
 PRODUCTS = 8
@@ -41,37 +42,62 @@ class Subspace:
     like: Vector
 
     def solve(self, damping: float) -> Vector:
-        """The x of the space with the least ½xᵀ(G + λI)x − vᵀx: (G + λI)⁻¹v, if that lies in it (Galerkin)."""
-        y = torch.linalg.solve(self.matrix + damping * torch.eye(len(self.right), dtype=torch.float64), self.right)
+        """The x of the space with the least ½xᵀ(G + λI)x − vᵀx: (G + λI)⁻¹v, if that lies in it (Galerkin).
+
+        Raises ValueError for a damping λ that is not positive, and NegativeCurvature if G + λI is not positive
+        definite within the space, as where λ is less than rounding has left of the matrix.
+        """
+        check_damping(damping)
+        system = self.matrix + damping * torch.eye(len(self.right), dtype=torch.float64)
+        root, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            raise NegativeCurvature(
+                f"G + λI is not positive definite at a damping of {damping:.1e}: raise it, or use a wider format"
+            )
+        y = torch.cholesky_solve(self.right[:, None], root)[:, 0]
         return unflatten(y.to(self.basis) @ self.basis, self.like)
+
+    def first(self, number: int) -> "Subspace":
+        """The space of the first ``number`` directions, as so many products would have made it."""
+        return Subspace(self.basis[:number], self.matrix[:number, :number], self.right[:number], self.like)
 
 
 def krylov_subspace(
-    curvature: MatrixFree, preconditioner: Curvature, v: Vector, damping: float, products: int = PRODUCTS
+    curvature: Curvature, preconditioner: Curvature, v: Vector, damping: float, products: int = PRODUCTS
 ) -> Subspace:
     """The space that preconditioned conjugate gradients for (G + λI)x = v search in so many ``products`` with G.
 
-    It begins with (C + λI)⁻¹v, and every further direction is (C + λI)⁻¹(G + λI) times the one before. Each is
-    made orthogonal to all before it. Raises ValueError for less than one product, and as the products do.
+    ``curvature`` is G and ``preconditioner`` C, an approximation of it. The space begins with (C + λI)⁻¹v, and
+    every further direction is (C + λI)⁻¹(G + λI) times the one before, made orthogonal to all before it.
+    Where nothing new is proposed the solution is found, and fewer products are made.
+
+    Raises ValueError for less than one product or a damping that is not positive, LeadsNowhere if v, or what the
+    preconditioner makes of it, is zero or not finite, and what the products raise.
     """
     check_damping(damping)
     if products < 1:
         raise ValueError(f"a space of {products} products has no direction: take at least 1")
-    rows: list[Tensor] = []
+    right = flatten(v)
+    basis, system = right.new_empty(products, len(right)), right
     matrix = torch.zeros(products, products, dtype=torch.float64)
-    proposed = preconditioner.solve(v, damping)
+    found, rounding = 0, 10 * torch.finfo(right.dtype).eps
     for k in trange(products, desc="products", leave=False, mininterval=1.0):
-        row = flatten(proposed)
+        row = flatten(preconditioner.solve(unflatten(system, v), damping))
+        length = row.norm().item()
+        if k == 0 and not (length > 0 and math.isfinite(length)):
+            raise LeadsNowhere(f"the first direction has length {length}: it leads nowhere")
         for _ in range(2):  # twice is enough (Parlett 1998)
-            for other in rows:
-                row = row - (row @ other) * other
-        rows.append(row / row.norm())
-        product = flatten(curvature.matvec(unflatten(rows[k], v)))
-        for j, other in enumerate(rows):
-            matrix[j, k] = matrix[k, j] = (other @ product).item()
-        proposed = preconditioner.solve(unflatten(product + damping * rows[k], v), damping)
-    basis = torch.stack(rows)
-    return Subspace(basis, matrix, (basis @ flatten(v)).double().cpu(), v)
+            row = row - (basis[:k] @ row) @ basis[:k]
+        rest = row.norm()
+        if rest.item() <= rounding * length:
+            break
+        basis[k] = row / rest
+        product = flatten(curvature.matvec(unflatten(basis[k], v)))
+        found = k + 1
+        matrix[:found, k] = matrix[k, :found] = (basis[:found] @ product).cpu().double()
+        system = product + damping * basis[k]
+    basis = basis[:found]
+    return Subspace(basis, matrix[:found, :found], (basis @ right).cpu().double(), v)
 
 
 class NaturalPath:
@@ -101,10 +127,17 @@ class NaturalPath:
         Where no damping is small enough the target is not reached: the space is too small, or the theory wrong.
         """
         match = match_strength(self._loss_at, target, start=1 / self.damping, max_evaluations=MOST_TRIED)
-        self._loss_at(match.strength)
+        self.go(match.strength)
         return match
 
-    def _loss_at(self, strength: float) -> float:
+    def go(self, strength: float) -> None:
+        """Put the model at the place of a strength 1/λ; 0 is the start. Raises what ``solve`` raises."""
         step = self.solve(1 / strength) if strength > 0 else None
         set_weights(self.model, self.start, step, self.share)
+
+    def _loss_at(self, strength: float) -> float:
+        try:
+            self.go(strength)
+        except NegativeCurvature:  # less damping than numbers can resolve: too far, as a loss that overflows is
+            return math.inf
         return mean_loss(self.model, self.forget)

@@ -14,6 +14,7 @@ from unlearnlib.curvature.capture import find_layers
 from unlearnlib.curvature.column_pass import least_numbers
 from unlearnlib.curvature.per_sequence_gradients import GRADIENT_BYTES
 from unlearnlib.losses import MOST_SEQUENCES, batches
+from unlearnlib.methods.newton_removal import PRODUCTS
 from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE
 from unlearnlib.own.report import PROBED
@@ -162,6 +163,11 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     passing, search = 5 * d + max(probe, batch), 5 * d
     if request.method in KRONECKER:
         passing, search = 6 * d + max(probe, batch + factors), 9 * d + 2 * factors
+        if request.method == "newton":  # and its directions; a product differentiates forwards as well
+            passing = max(
+                passing, (13 + PRODUCTS) * d + factors + 1.5 * batch + at_a_time * _weighed(model, tokens)
+            )
+            search += (4 + PRODUCTS) * d
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)
         passing, search = passing + d + min(at_a_time * largest, max(GRADIENT_BYTES // 4, largest)), 7 * d
@@ -185,6 +191,12 @@ def _matrices(model: PreTrainedModel) -> tuple[list[torch.Size], list[torch.Size
     ]
     vocabulary = len(model.get_output_embeddings().weight)
     return shapes, [shape for shape in shapes if vocabulary not in shape]
+
+
+def _weighed(model: PreTrainedModel, tokens: int) -> float:
+    """How many numbers the attention of all heads leaves for a sequence, where it is kept, as for a product."""
+    config = model.config.get_text_config()
+    return 2 * config.num_hidden_layers * getattr(config, "num_attention_heads", 0) * tokens**2
 
 
 def _factor_numbers(model: PreTrainedModel) -> int:

@@ -22,7 +22,7 @@ import torch
 from unlearnlib import distributed
 from unlearnlib.models.loading import default_device
 from unlearnlib.own.fulfilment import fulfil
-from unlearnlib.own.request import STRENGTHS, Request
+from unlearnlib.own.request import KRONECKER, STRENGTHS, Request
 
 EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, RuntimeError)
 """What :func:`unlearnlib.own.fulfilment.fulfil` raises with a message for people.
@@ -42,7 +42,8 @@ MEANINGS = {
     "retain_file": (
         "FILE",
         "texts that the model was trained on and shall keep, of the same kind. Curvature comes from seven eighths "
-        "of them; on the last eighth settings are chosen and damage is measured",
+        "of them; on the last eighth settings are chosen and damage is measured. newton counts them: give it "
+        "all that the model was trained on",
     ),
     "output": ("FOLDER", "where the unlearned model and its report go: a folder that does not exist yet"),
     "holdout_file": (
@@ -72,7 +73,11 @@ MEANINGS = {
         "TOKENS",
         "tokens in a sequence. Texts are joined and cut, so that longer ones lose nothing; memory grows with it",
     ),
-    "damping": ("LAMBDA", "λ, in units of the curvature. Without it, it is chosen on the validation sequences"),
+    "damping": (
+        "LAMBDA",
+        "λ, in units of the curvature; of newton that with which K-FAC proposes directions. Without it, it is "
+        "chosen on the validation sequences",
+    ),
     "retain_weight": (
         "WEIGHT",
         "weight of what stays in gradient_difference. Without it, it is chosen as λ is, and the learning rate too",
@@ -86,7 +91,7 @@ MEANINGS = {
     "seed": ("NUMBER", "of the labels that a curvature draws, of noise and of the order of batches"),
     "factors": (
         "FOLDER",
-        "where the Kronecker factors of kfac, kfac:difference, ekfac and fisher_forgetting are kept as they are "
+        f"where the Kronecker factors of {', '.join(KRONECKER[:-1])} and {KRONECKER[-1]} are kept as they are "
         "built. The same command finds them again after an interruption, and so does a later request for the same "
         "model and texts to keep",
     ),

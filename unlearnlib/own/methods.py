@@ -14,6 +14,7 @@ from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker_groups import kfac_in_groups
+from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.contenders import DAMPINGS, WEIGHTS
 from unlearnlib.losses import mean_loss
@@ -22,15 +23,18 @@ from unlearnlib.methods import (
     Choice,
     Line,
     Match,
+    NaturalPath,
     Path,
     adam_walk,
     ascent_direction,
     ascent_loss,
     choose,
     forgetting_noise,
+    krylov_subspace,
     removal_direction,
     with_retain,
 )
+from unlearnlib.methods.newton_removal import PRODUCTS
 from unlearnlib.methods.tuning import Knobs
 from unlearnlib.own.request import Request
 from unlearnlib.own.texts import Material
@@ -60,6 +64,10 @@ class Outcome:
     slope: float | None = None
 
 
+Way = Line | NaturalPath
+"""The path of a method that takes one step over a curvature."""
+
+
 def unlearn(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
     """Apply the request's method to ``model`` in place: to the forget loss ``target`` in nats or by its strength.
 
@@ -78,21 +86,48 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     logger.info("building the curvature of %d sequences to keep", len(material.estimation))
     curvature = build_curvature(model, material.estimation, request, delta)
 
-    def path(damping: float) -> Line:
+    def line(damping: float) -> Line:
         return Line(model, removal_direction(curvature, delta, damping), forget, start)
 
+    path = _natural_paths(model, material, curvature, delta) if request.method == "newton" else line
     setting, choice = {"damping": request.damping}, None
     if request.damping is None:
-        grid = DAMPINGS.get(request.method, DAMPINGS["kfac"])
+        grid = DAMPINGS.get(request.method.replace("newton", "newton_cg"), DAMPINGS["kfac"])
         goal = mean_loss(model, forget) + TRIAL if target is None else target
         setting, choice = _chosen({"damping": grid}, path, model, material, goal)
-    line = path(**setting)
+    way = path(**setting)
     if request.method == "fisher_forgetting":
         noise = forgetting_noise(curvature, delta, setting["damping"], request.seed)
         set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
-        line = Line(model, line.direction, forget)
-    match = _go(line, request, target)
-    return Outcome(match, setting, choice, match.strength * dot(gradient, line.direction).item())
+        way = Line(model, way.direction, forget)
+    match = _go(way, request, target)
+    if isinstance(way, NaturalPath):
+        step = difference(snapshot(model), start)
+        return Outcome(match, setting, choice, dot(gradient, step).item())
+    return Outcome(match, setting, choice, match.strength * dot(gradient, way.direction).item())
+
+
+def _natural_paths(
+    model: PreTrainedModel, material: Material, factors: Curvature, delta: Vector
+) -> Callable[[float], NaturalPath]:
+    """The path of ``newton`` by the damping of its directions: each is made of its own products.
+
+    The texts to keep are taken for all that stays, so that theory's α is n₋/n₊ by their numbers.
+    """
+    rows, share = material.estimation, len(material.forget) / len(material.retain)
+    logger.info(
+        "a step takes %d products with the Gauss–Newton matrix, about %d passes over %d sequences, and theory "
+        "gives it the strength n₋/n₊ = %d/%d",
+        *(PRODUCTS, 2 * PRODUCTS, len(rows), len(material.forget), len(material.retain)),
+    )
+    matrix = GaussNewton(model, rows)
+
+    def path(damping: float) -> NaturalPath:
+        logger.info("making the products, with directions by K-FAC at λ = %g", damping)
+        space = krylov_subspace(matrix, factors, delta, damping)
+        return NaturalPath(model, space.solve, material.forget, share, damping)
+
+    return path
 
 
 def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
@@ -142,13 +177,13 @@ def _chosen(
     return choice.setting, choice
 
 
-def _go(line: Line, request: Request, target: float | None) -> Match:
-    """Take a line to the target, or as far as the request's strength says."""
+def _go(way: Way, request: Request, target: float | None) -> Match:
+    """Go to the target, or as far as the request's strength says."""
     if target is not None:
         logger.info("searching the strength for a forget loss of %.3f nats", target)
-        return line.to(target)
-    line.go(request.strength)
-    return _end(line.model, line.forget, request.strength)
+        return way.to(target)
+    way.go(request.strength)
+    return _end(way.model, way.forget, request.strength)
 
 
 def _end(model: PreTrainedModel, forget: Tensor, strength: float) -> Match:

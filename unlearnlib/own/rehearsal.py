@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.kronecker_blocks import find_blocks
 from unlearnlib.curvature.kronecker_store import FactorStore, settings_of
+from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
 from unlearnlib.methods.first_order import ascent_direction
@@ -129,6 +130,8 @@ def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> 
         kronecker.layer_factors(model, two)
         if method == "ekfac":
             kronecker.diagonal_fisher(model, two)
+        if method == "newton":
+            GaussNewton(model, two).matvec(delta)
 
 
 def _failure(attempt: Callable[[], None]) -> str | None:

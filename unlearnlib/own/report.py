@@ -122,7 +122,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         target += f" ± {result['target_error']:.3f}"
     if result["target_from"] is not None:
         target += f" ({result['target_from']})"
-    setting = "".join(f", {NAMES[name]} = {value:g}" for name, value in result["setting"].items())
+    names_of = NAMES | ({"damping": "λ of the directions"} if asked["method"] == "newton" else {})
+    setting = "".join(f", {names_of[name]} = {value:g}" for name, value in result["setting"].items())
     peak, estimate = cost["peak_bytes"] / 2**30, cost["estimated_bytes"] / 2**30
     processes = f", of the first of {cost['processes']} processes" if cost["processes"] > 1 else ""
     lines += [

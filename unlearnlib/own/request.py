@@ -16,9 +16,10 @@ STRENGTHS = {
     "kfac:difference": "step length along (C + λI)⁻¹(Δ − g), C by K-FAC, g the gradient of what stays",
     "ekfac": "step length along (C + λI)⁻¹Δ, C by EK-FAC",
     "fisher_forgetting": "step length along (C + λI)⁻¹Δ, C by K-FAC, from weights with noise",
+    "newton": "1/λ, the inverse damping of the step n₋/n₊ (G + λI)⁻¹Δ",
 }
 """The methods, and the unit in which each one's strength is a number."""
-KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting")
+KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting", "newton")
 """The methods that build Kronecker factors."""
 
 
@@ -32,12 +33,12 @@ class Request:
     nats, or where that is None to the loss of ``reference``. With ``"estimate"`` the target is estimated from the
     losses on holdout texts (:func:`unlearnlib.own.targets.estimate_targets`). ``earlier_forget_files`` are those
     of requests that were served before: all sets are forgotten together, by the model that has forgotten none.
-    Texts are cut into sequences of ``length`` tokens. ``damping`` is λ and ``retain_weight`` the weight of what
-    stays in gradient difference; None has either chosen on the validation part of the retained texts. ``noise`` is
-    the length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for
-    gradient difference and the probe. ``factors`` is a folder where Kronecker factors are kept as they are built
-    and found again: by the same request if it was interrupted, or by a later one of the same model and texts to
-    keep.
+    Texts are cut into sequences of ``length`` tokens. ``damping`` is λ (of newton that of the directions; the λ of
+    its step is what its strength stands for) and ``retain_weight`` the weight of what stays in gradient
+    difference; None has either chosen on the validation part of the retained texts. ``noise`` is the length of
+    Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for gradient difference
+    and the probe. ``factors`` is a folder where Kronecker factors are kept as they are built and found again: by
+    the same request if it was interrupted, or by a later one of the same model and texts to keep.
 
     Raises ValueError for settings that cannot be, FileExistsError if the output exists.
     """

@@ -207,6 +207,8 @@ def _text(mean: float, low: float, high: float, digits: int) -> str:
 
 def method_label(method: str) -> str:
     """A method's name for people: ``gradient_ascent:adam`` becomes ``gradient ascent (adam)``."""
+    if method == "newton_cg:natural":  # solved in a space that conjugate gradients would search in, not by them
+        return "Newton (natural)"
     name, _, variant = method.partition(":")
     return ACRONYMS.get(name, name.replace("_", " ")) + (f" ({variant.replace('_', ' ')})" if variant else "")
 
