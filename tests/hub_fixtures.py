@@ -430,6 +430,7 @@ DIFFERENT = {
     "cost": {"sizes": ((16, 2), (24, 2), (32, 2)), "size": (16, 2), "numbers": (2, 4, 8), "more": (16,)},
     "many_gpus": {"sizes": ((16, 2), (32, 2))},
     "four_datasets": {"requests": (1, 4)},
+    "last_gap": {"m_blocks": 8},
     "three_axes": {
         "length": 32,
         "weights": (2**10, 2**11, 2**12),

@@ -45,6 +45,7 @@ METHOD_STYLES = {
     "newton_cg": {"color": GREEN, "marker": "p"},
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
     "newton_cg:natural": {"color": ORANGE, "marker": "X"},
+    "newton_descent": {"color": RED, "marker": "d"},
     "newton": {"color": ORANGE, "marker": "X"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
     "fisher_dual": {"color": BLUE, "marker": ">"},

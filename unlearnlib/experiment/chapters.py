@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.paper import PAPER
-from unlearnlib.experiment.profiles import GPU, QUICK, Profile, get_profile
+from unlearnlib.experiment.profiles import GPU, HUB_ARCHITECTURES, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
 
@@ -264,8 +264,27 @@ LAST_GAP = {
     "multiples": (0.5, 1.0, 2.0),
     "rates": (4e-4, 8e-4, 1.6e-3),
     "m_blocks": 224,
+    "large": True,
     "relearning_steps": 10,
     "relearning_rate": 3e-4,
+}
+
+# The same on a pretrained model, where chapter 18 is "large"; "knobs" have where the search for settings begins.
+LAST_GAP_REAL = {
+    "corpus": "tales",
+    "model": SMOLLM2,
+    "vocabulary": None,
+    "seeds": 1,
+    "references": 1,
+    "relearning_steps": 6,
+    "relearning_rate": 4e-5,
+    "most": 5,
+    "max_steps": 30,
+    "knobs": {
+        "gradient_difference": {"learning_rate": (1e-5, 3e-5, 9e-5), "retain_weight": (1.0, 3.0, 9.0)},
+        "kfac": {"damping": (1e-7, 1e-6, 1e-5)},
+        "newton_descent": {"learning_rate": (1e-5, 3e-5, 9e-5)},
+    },
 }
 
 CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -662,10 +681,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "given": (("newton_cg:natural", "damping", 2e-3),),
             "products": 8,
             "dampings": (1e-3, 1e-2),
-            "rates": (8e-4, 1.6e-3),
+            "multiples": (1.0, 2.0),
+            "rates": (1.6e-3, 3.2e-3),
             "m_blocks": 64,
             "most": 5,
             "max_steps": 40,
+            "large": False,
         },
         "cpu": LAST_GAP
         | {
@@ -679,13 +700,38 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "gpu": LAST_GAP
         | {
             "corpora": PAPER.corpora,
+            # The smallest of the paper's family: one cure has all gradients of the forget texts in memory, twice.
+            "model": HUB_ARCHITECTURES["OPT"][0],
             "seeds": 3,
             "length": 64,
+            "forget": 32,
             "retain": 640,
             "holdout": 192,
             "dampings": (1e-6, 1e-5, 1e-4),
             "most": 8,
             "max_steps": 200,
+        },
+    },
+    "last_gap_real": {
+        "quick": LAST_GAP_REAL,  # which is not run
+        "cpu": LAST_GAP_REAL
+        | {
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
+            "length": 32,
+            "forget": 32,
+            "retain": 128,
+            "holdout": 96,
+            "last_blocks": 4,
+        },
+        "gpu": LAST_GAP_REAL
+        | {
+            "model": HUB_ARCHITECTURES["OPT"][-1],
+            "training": Training(epochs=4, batch_size=16, learning_rate=2e-5, bfloat16=True, checkpointing=True),
+            "length": 64,
+            "forget": 64,
+            "retain": 384,
+            "holdout": 128,
+            "seeds": 3,
         },
     },
     "own_model": {

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ from unlearnlib.measures.attacks import calibrated
 from unlearnlib.measures.evaluation import membership_auc
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
+from unlearnlib.methods.tuning import Knobs
 from unlearnlib.weights import Vector, difference, flatten, mean_gradient, unflatten
 
 POWERS = (1, 4)
@@ -183,6 +185,17 @@ def compare(
         if method in AT_DISTANCE:
             match_distance(report, method, contenders[method].path(**setting))
     return report, models
+
+
+def choose_from(
+    report: Report, knobs: Mapping[str, Knobs], build: Build, most: int, max_steps: int
+) -> dict[str, dict[str, float]]:
+    """By method of ``knobs`` the setting that :meth:`Report.choose` finds for it, beginning in these grids."""
+    contenders = contenders_on(report.case, {"kfac": build}, max_steps)
+    return {
+        method: report.choose(method, replace(contenders[method], knobs=grids), most)
+        for method, grids in knobs.items()
+    }
 
 
 def match_distance(report: Report, method: str, path: Path) -> None:

@@ -217,6 +217,7 @@ ACRONYMS = {
     "kfac": "K-FAC",
     "ekfac": "EK-FAC",
     "newton_cg": "Newton-CG",
+    "newton_descent": "Newton by descent",
     "npo": "NPO",
     "simnpo": "SimNPO",
     "rmu": "RMU",
