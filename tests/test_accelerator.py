@@ -35,7 +35,15 @@ ROTARY = 1e-6
 """transformers computes the rotary angles of Llama in single precision, whatever the weights are in."""
 DRIFT = 5e-3
 """In single precision a walk of several steps drifts, most where steps are clipped or normalised."""
-WALKS = ("gradient_difference", "npo", "npo_and_kl", "simnpo", "soul", "gradient_ascent:repaired")
+WALKS = (
+    "gradient_difference",
+    "npo",
+    "npo_and_kl",
+    "simnpo",
+    "newton_descent",
+    "soul",
+    "gradient_ascent:repaired",
+)
 DAMPING = 1e-2
 FORGET, RETAIN, HOLDOUT = random_sequences(6, seed=1), random_sequences(8, seed=2), random_sequences(6, seed=3)
 
@@ -207,6 +215,10 @@ def keeping(original):
     return methods.with_retain(methods.npo_loss(original, 0.1), 1.0, methods.kl_loss(original))
 
 
+def newton_descent(original):
+    return methods.newton_loss(original, delta(original), len(FORGET) / len(RETAIN))
+
+
 def rmu(model):
     loss = methods.with_retain(methods.rmu_loss(1, 3.0, 0), 0.1, methods.activation_loss(copy.deepcopy(model), 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -224,6 +236,7 @@ ALGORITHMS = {
     "npo": first_order(lambda original: methods.npo_loss(original, 0.1)),
     "npo_and_kl": first_order(keeping),
     "simnpo": first_order(lambda original: methods.with_retain(methods.simnpo_loss(2.0, 0.1), 0.5)),
+    "newton_descent": first_order(newton_descent),
     "rmu": rmu,
     "soul": first_order(lambda original: methods.with_retain(methods.ascent_loss, 1.0), methods.sophia_walk),
     "gradient_ascent:repaired": repaired,

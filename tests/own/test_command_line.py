@@ -239,23 +239,21 @@ def must_not_be_called(*args, **settings):
     raise AssertionError("this had been done already, or should not have been begun")
 
 
-@pytest.mark.parametrize("method", ["kfac", "newton"])
-def test_two_processes_do_what_one_does_and_the_first_speaks(folder, tmp_path, method):
-    asked = {"damping": 0.1 if method == "kfac" else 0.01, "method": method}
+@pytest.mark.parametrize("asked", [{"method": "kfac", "damping": 0.1}, {"method": "newton"}])
+def test_two_processes_do_what_one_does_and_the_first_speaks(folder, tmp_path, asked):
     ended = run(*options(folder, tmp_path / "out", **asked), processes=2)
     assert ended.returncode == 0
     assert ended.stdout.count("The unlearned model and its report are in") == 1
-    assert ended.stderr.count(f"unlearning with {method}") == 1
+    assert ended.stderr.count(f"unlearning with {asked['method']}") == 1
     fulfilment.fulfil(Request(**settings(folder, tmp_path / "expected", **asked)), "cpu")
     (found, report), (weights, expected) = (weights_and_report(tmp_path / name) for name in ("out", "expected"))
-    rounding = 1e-5 if method == "newton" else 1e-6  # eight products in a row
-    assert norm(difference(found, weights)) < rounding * norm(weights)
+    assert norm(difference(found, weights)) < 1e-6 * norm(weights)
     said, expected = flat(report), flat(expected)
     assert said.keys() == expected.keys()
     for place, value in expected.items():
         known = isinstance(value, float)
         # Some are differences of losses, which are of several nats.
-        assert said[place] == (pytest.approx(value, rel=rounding, abs=rounding) if known else value), place
+        assert said[place] == (pytest.approx(value, rel=1e-6, abs=1e-6) if known else value), place
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
 

@@ -14,12 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from unlearnlib import cache, cost, losses, weights
-from unlearnlib.curvature import kronecker, kronecker_groups
-from unlearnlib.curvature.block_gauss_newton import BlockGaussNewton
+from unlearnlib.curvature import kronecker
 from unlearnlib.losses import sequence_losses
 from unlearnlib.measures import exposure
 from unlearnlib.methods.matching import Line
-from unlearnlib.methods.newton_removal import PRODUCTS
 from unlearnlib.models import loading
 from unlearnlib.models.training import Training, train
 from unlearnlib.own import checks, fulfilment, methods, rehearsal, request, texts
@@ -108,6 +106,8 @@ def gradients(model, sequences):
         ({"strength": float("nan")}, "the strength must be"),
         ({"strength": True}, "the strength must be"),
         ({"strength": 1.5, "method": "gradient_difference"}, "a number of steps, not 1.5"),
+        ({"strength": 1.5, "method": "newton"}, "the strength of newton is a number of steps, not 1.5"),
+        ({"factors": "here", "method": "newton"}, "newton has no Kronecker factors: leave factors out"),
         ({"damping": 0.0}, "damping must be a positive number, not 0.0"),
         ({"length": 1}, "length must be a whole number of tokens, 2 or more, not 1"),
         ({"length": 64.5}, "length must be a whole number"),
@@ -646,57 +646,57 @@ def test_the_difference_form_goes_along_the_difference_of_the_gradients(folder, 
     assert report["result"]["slope"] == pytest.approx(0.01 * weights.dot(g, direction).item(), rel=1e-3)
 
 
-def test_newtons_step_is_theorys_share_of_what_conjugate_gradients_find(folder, tmp_path, caplog):
-    request = make(folder, tmp_path / "out", method="newton", strength=1 / 0.05, damping=0.05)
+def test_newton_is_adam_down_the_divergence_less_theorys_share_of_the_first_gradient(folder, tmp_path, caplog):
+    request = make(folder, tmp_path / "out", method="newton", strength=4, learning_rate=1e-3, seed=3)
     with caplog.at_level("INFO", logger="unlearnlib.own"):
         report = fulfilment.fulfil(request, CPU)
     material, _ = checks.check_request(dataclasses.replace(request, output=str(tmp_path / "other")), CPU)
-    numbers = (len(material.estimation), len(material.forget), len(material.retain))
-    told = "about 16 passes over {} sequences, and theory gives it the strength n₋/n₊ = {}/{}".format(*numbers)
-    assert told in caplog.text
-    model = load(request.model)
-    start = weights.snapshot(model)
-    delta, g = (
-        weights.mean_gradient(model, rows, sequence_losses) for rows in (material.forget, material.estimation)
-    )
-    everything = [tuple(weights.parameters(model))]
-    factors = kronecker.kfac(model, material.estimation)
-    x = BlockGaussNewton(model, material.estimation, everything, PRODUCTS, factors).solve(delta, 0.05)
     share = len(material.forget) / len(material.retain)
-    moved = weights.difference(weights.snapshot(load(request.output)), start)
-    assert weights.norm(weights.add(moved, x, -share)) < 1e-3 * weights.norm(moved)
-    assert report["result"]["slope"] == pytest.approx(share * weights.dot(g, x).item(), rel=1e-2)
-    assert "(1/λ, the inverse damping of the step n₋/n₊ (G + λI)⁻¹Δ), λ of the directions = 0.05." in (
+    assert (
+        f"theory gives the step the strength n₋/n₊ = {len(material.forget)}/{len(material.retain)}" in caplog.text
+    )
+    model, original = load(request.model), load(request.model)
+    start = list(model.parameters())
+    before = [p.detach().clone() for p in start]
+    delta = torch.autograd.grad(loss(original, material.forget), list(original.parameters()))
+    adam = torch.optim.Adam(start, lr=1e-3)
+    order = torch.Generator().manual_seed(4)  # that of what stays is one after that of the forget texts
+    batches = []
+    while len(batches) < 4:
+        rows = material.estimation
+        batches += rows[torch.randperm(len(rows), generator=order)].split(methods.BATCH_SIZE)
+    for batch in batches[:4]:
+        with torch.no_grad():
+            p = original(input_ids=batch).logits[:, :-1].log_softmax(-1)
+        q = model(input_ids=batch).logits[:, :-1].log_softmax(-1)
+        divergence = (p.exp() * (p - q)).sum(-1).mean()
+        along = sum((d * (now - then)).sum() for d, now, then in zip(delta, start, before, strict=True))
+        adam.zero_grad()
+        (divergence - share * along).backward()
+        adam.step()
+    found = weights.flatten(weights.snapshot(load(request.output)))
+    expected, before = weights.flatten(weights.snapshot(model)), torch.cat([p.flatten() for p in before])
+    # Adam makes large of what should be zero, and is not by rounding: the gradients of the biases of keys.
+    assert (found - expected).norm() < 0.02 * (expected - before).norm()
+    assert report["result"]["strength"] == 4
+    assert report["result"]["setting"] == {"learning_rate": 1e-3}
+    assert report["result"]["slope"] is None
+    assert "Strength: 4 (steps of Adam down KL(θ₀ ‖ θ) − (n₋/n₊) Δᵀ(θ − θ₀)), learning rate = 0.001." in (
         (tmp_path / "out" / "report.md").read_text()
     )
 
 
-def test_newton_comes_to_the_references_loss_with_factors_that_kfac_has_left(folder, tmp_path, monkeypatch):
-    settings = {"strength": "match", "reference": str(folder / "opt" / "reference")}
-    settings |= {"factors": str(tmp_path / "factors")}
-    fulfilment.fulfil(make(folder, tmp_path / "first", method="kfac", damping=0.1, **settings), CPU)
-    monkeypatch.setattr(kronecker_groups, "build_group", None)  # so that nothing can be built
-    report = fulfilment.fulfil(make(folder, tmp_path / "second", method="newton", **settings), CPU)
+def test_newton_chooses_its_rate_and_comes_to_the_references_loss(folder, tmp_path):
+    settings = {"strength": "match", "reference": str(folder / "opt" / "reference"), "learning_rate": 4e-3}
+    report = fulfilment.fulfil(make(folder, tmp_path / "out", method="newton", **settings), CPU)
     result, measured = report["result"], report["measures"]
     assert result["reached"]
     assert measured["after"]["forget_loss"] == pytest.approx(measured["reference"]["forget_loss"], abs=0.011)
-    tried = [row for row in result["settings_tried"] if row["reached"]]
-    assert {0.0005, 0.002, 0.008} <= {row["damping"] for row in result["settings_tried"]}
-    best = min(tried, key=lambda row: row["validation_loss"])
-    assert result["setting"] == {"damping": best["damping"]}
+    assert {1e-3, 4e-3, 1.6e-2} <= {row["learning_rate"] for row in result["settings_tried"]}
+    best = min((row for row in result["settings_tried"] if row["reached"]), key=lambda row: row["validation_loss"])
+    assert result["setting"] == {"learning_rate": best["learning_rate"]}
     assert result["strength"] == best["strength"]
     assert measured["after"]["validation_loss"] == pytest.approx(best["validation_loss"], abs=1e-3)
-
-
-def test_where_theorys_strength_does_not_lead_newton_says_what_would(folder, tmp_path):
-    forget = write(tmp_path / "few.jsonl", FORGET[:1])
-    settings = {"method": "newton", "strength": "match", "target_loss": 20.0, "damping": 10.0}
-    report = fulfilment.fulfil(make(folder, tmp_path / "out", forget_file=forget, **settings), CPU)
-    assert not report["result"]["reached"]
-    [said] = [warning for warning in report["warnings"] if "was not reached" in warning]
-    assert "give a smaller damping, which proposes sharper ones, than 10, or try another method" in said
-    assert report["measures"]["after"]["forget_loss"] > report["measures"]["before"]["forget_loss"]
-    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_gradient_difference_chooses_its_weight_and_rate_and_is_where_they_lead(folder, tmp_path, monkeypatch):
@@ -748,10 +748,11 @@ def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
 
 def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "MOST_STEPS", 2)
-    settings = {"method": "gradient_difference", "strength": "match", "target_loss": 9.0}
-    report = fulfilment.fulfil(make(folder, tmp_path / "up", **settings), CPU)
-    assert not report["result"]["reached"]
-    assert any("target loss of 9.00 nats was not reached" in warning for warning in report["warnings"])
+    settings = {"strength": "match", "target_loss": 9.0}
+    for method in ("gradient_difference", "newton"):
+        report = fulfilment.fulfil(make(folder, tmp_path / method, method=method, **settings), CPU)
+        assert not report["result"]["reached"]
+        assert any("target loss of 9.00 nats was not reached" in warning for warning in report["warnings"])
     settings |= {"method": "kfac", "target_loss": 0.001}  # below where the model is
     report = fulfilment.fulfil(make(folder, tmp_path / "down", **settings), CPU)
     assert not report["result"]["reached"]

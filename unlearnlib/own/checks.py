@@ -14,11 +14,10 @@ from unlearnlib.curvature.capture import find_layers
 from unlearnlib.curvature.column_pass import least_numbers
 from unlearnlib.curvature.per_sequence_gradients import GRADIENT_BYTES
 from unlearnlib.losses import MOST_SEQUENCES, batches
-from unlearnlib.methods.newton_removal import PRODUCTS
 from unlearnlib.models import loading
 from unlearnlib.own.methods import BATCH_SIZE
 from unlearnlib.own.report import PROBED
-from unlearnlib.own.request import KRONECKER, Request
+from unlearnlib.own.request import DESCENTS, KRONECKER, Request
 from unlearnlib.own.targets import FEWEST
 from unlearnlib.own.texts import Material, read_material
 
@@ -148,7 +147,7 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
 
     ``model`` may be an outline; ``estimation`` sequences go into the curvature. Two moments can be the peak: a
     pass over sequences, with what a batch leaves for its backward pass, and the search for the strength. A batch
-    is what :func:`unlearnlib.losses.batches` takes; the probe and gradient difference have sizes of their own.
+    is what :func:`unlearnlib.losses.batches` takes; the probe and the steps of Adam have sizes of their own.
     """
     matrices, inner = _matrices(model)
     vocabulary, width = model.get_output_embeddings().weight.shape
@@ -163,11 +162,6 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
     passing, search = 5 * d + max(probe, batch), 5 * d
     if request.method in KRONECKER:
         passing, search = 6 * d + max(probe, batch + factors), 9 * d + 2 * factors
-        if request.method == "newton":  # and its directions; a product differentiates forwards as well
-            passing = max(
-                passing, (13 + PRODUCTS) * d + factors + 1.5 * batch + at_a_time * _weighed(model, tokens)
-            )
-            search += (4 + PRODUCTS) * d
     elif request.method == "fisher_diagonal":  # and a matrix's gradients of single sequences, twice if it is tied
         largest = 2 * max(a * b for a, b in matrices)
         passing, search = passing + d + min(at_a_time * largest, max(GRADIENT_BYTES // 4, largest)), 7 * d
@@ -178,9 +172,11 @@ def needed_bytes(request: Request, model: PreTrainedModel, estimation: int) -> i
         with contextlib.suppress(NotImplementedError):  # such a layer is for the rehearsal to refuse
             least = least_numbers(model, find_layers(model), estimation, tokens)
         passing, search = max(passing, 7 * d + max(2**24, 2 * least) + held), 9 * d
-    elif request.method == "gradient_difference":  # the graphs of two batches at once; and Adam's two averages
+    elif request.method in DESCENTS:  # the graphs of two batches at once; and Adam's two averages
         step = 2 * BATCH_SIZE * tokens * token
-        passing, search = max(passing, 7 * d + step), 9 * d  # and the weights to which each trial returns
+        kept = 2 * d if request.method == "newton" else 0  # the model before, and Δ
+        passing = max(passing, 7 * d + kept + step)
+        search = 9 * d + kept  # and the weights to which each trial returns
     return int(4 * max(passing, search + at_a_time * tokens * 4 * vocabulary))
 
 
@@ -191,12 +187,6 @@ def _matrices(model: PreTrainedModel) -> tuple[list[torch.Size], list[torch.Size
     ]
     vocabulary = len(model.get_output_embeddings().weight)
     return shapes, [shape for shape in shapes if vocabulary not in shape]
-
-
-def _weighed(model: PreTrainedModel, tokens: int) -> float:
-    """How many numbers the attention of all heads leaves for a sequence, where it is kept, as for a product."""
-    config = model.config.get_text_config()
-    return 2 * config.num_hidden_layers * getattr(config, "num_attention_heads", 0) * tokens**2
 
 
 def _factor_numbers(model: PreTrainedModel) -> int:

@@ -22,7 +22,7 @@ import torch
 from unlearnlib import distributed
 from unlearnlib.models.loading import default_device
 from unlearnlib.own.fulfilment import fulfil
-from unlearnlib.own.request import KRONECKER, STRENGTHS, Request
+from unlearnlib.own.request import STRENGTHS, Request
 
 EXPECTED = (OSError, ValueError, MemoryError, FloatingPointError, RuntimeError)
 """What :func:`unlearnlib.own.fulfilment.fulfil` raises with a message for people.
@@ -73,11 +73,7 @@ MEANINGS = {
         "TOKENS",
         "tokens in a sequence. Texts are joined and cut, so that longer ones lose nothing; memory grows with it",
     ),
-    "damping": (
-        "LAMBDA",
-        "λ, in units of the curvature; of newton that with which K-FAC proposes directions. Without it, it is "
-        "chosen on the validation sequences",
-    ),
+    "damping": ("LAMBDA", "λ, in units of the curvature. Without it, it is chosen on the validation sequences"),
     "retain_weight": (
         "WEIGHT",
         "weight of what stays in gradient_difference. Without it, it is chosen as λ is, and the learning rate too",
@@ -85,13 +81,13 @@ MEANINGS = {
     "noise": ("SHARE", "for fisher_forgetting: length of the noise over length of the weights"),
     "learning_rate": (
         "RATE",
-        "for gradient_difference and for the relearning probe of the report: what the model was fine-tuned with, "
-        "or less",
+        "for gradient_difference, newton and the relearning probe of the report: what the model was fine-tuned "
+        "with, or less. For a target newton chooses its own around it",
     ),
     "seed": ("NUMBER", "of the labels that a curvature draws, of noise and of the order of batches"),
     "factors": (
         "FOLDER",
-        f"where the Kronecker factors of {', '.join(KRONECKER[:-1])} and {KRONECKER[-1]} are kept as they are "
+        "where the Kronecker factors of kfac, kfac:difference, ekfac and fisher_forgetting are kept as they are "
         "built. The same command finds them again after an interruption, and so does a later request for the same "
         "model and texts to keep",
     ),

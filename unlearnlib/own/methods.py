@@ -1,5 +1,6 @@
 """What an erasure request does to the weights: each method in a few lines, over any model."""
 
+import copy
 import itertools
 import logging
 import math
@@ -14,7 +15,6 @@ from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.fisher_diagonal import FisherDiagonal
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker_groups import kfac_in_groups
-from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.contenders import DAMPINGS, WEIGHTS
 from unlearnlib.losses import mean_loss
@@ -23,20 +23,19 @@ from unlearnlib.methods import (
     Choice,
     Line,
     Match,
-    NaturalPath,
     Path,
     adam_walk,
     ascent_direction,
     ascent_loss,
     choose,
     forgetting_noise,
-    krylov_subspace,
+    newton_loss,
     removal_direction,
     with_retain,
 )
-from unlearnlib.methods.newton_removal import PRODUCTS
+from unlearnlib.methods.first_order import Loss
 from unlearnlib.methods.tuning import Knobs
-from unlearnlib.own.request import Request
+from unlearnlib.own.request import DESCENTS, Request
 from unlearnlib.own.texts import Material
 from unlearnlib.weights import Vector, difference, dot, norm, set_weights, snapshot
 
@@ -45,9 +44,9 @@ logger = logging.getLogger(__name__)
 TRIAL = 0.5
 """Nats by which the forget loss rises while λ is chosen for a strength that is a number."""
 MOST_STEPS = 200
-"""Where gradient difference gives up."""
+"""Where gradient difference and newton give up."""
 BATCH_SIZE = 32
-"""Sequences of each kind in a step of gradient difference."""
+"""Sequences of each kind in a step of gradient difference or newton."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,12 @@ class Outcome:
     slope: float | None = None
 
 
-Way = Line | NaturalPath
-"""The path of a method that takes one step over a curvature."""
-
-
 def unlearn(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
     """Apply the request's method to ``model`` in place: to the forget loss ``target`` in nats or by its strength.
 
     Raises what the method raises.
     """
-    if request.method == "gradient_difference":
+    if request.method in DESCENTS:
         return _descend(model, material, request, target)
     forget = material.forget
     logger.info("differentiating the loss on %d sequences to forget", len(forget))
@@ -86,62 +81,40 @@ def unlearn(model: PreTrainedModel, material: Material, request: Request, target
     logger.info("building the curvature of %d sequences to keep", len(material.estimation))
     curvature = build_curvature(model, material.estimation, request, delta)
 
-    def line(damping: float) -> Line:
+    def path(damping: float) -> Line:
         return Line(model, removal_direction(curvature, delta, damping), forget, start)
 
-    path = _natural_paths(model, material, curvature, delta) if request.method == "newton" else line
     setting, choice = {"damping": request.damping}, None
     if request.damping is None:
-        grid = DAMPINGS.get(request.method.replace("newton", "newton_cg"), DAMPINGS["kfac"])
+        grid = DAMPINGS.get(request.method, DAMPINGS["kfac"])
         goal = mean_loss(model, forget) + TRIAL if target is None else target
         setting, choice = _chosen({"damping": grid}, path, model, material, goal)
-    way = path(**setting)
+    line = path(**setting)
     if request.method == "fisher_forgetting":
         noise = forgetting_noise(curvature, delta, setting["damping"], request.seed)
         set_weights(model, start, noise, request.noise * norm(start) / norm(noise))
-        way = Line(model, way.direction, forget)
-    match = _go(way, request, target)
-    if isinstance(way, NaturalPath):
-        step = difference(snapshot(model), start)
-        return Outcome(match, setting, choice, dot(gradient, step).item())
-    return Outcome(match, setting, choice, match.strength * dot(gradient, way.direction).item())
-
-
-def _natural_paths(
-    model: PreTrainedModel, material: Material, factors: Curvature, delta: Vector
-) -> Callable[[float], NaturalPath]:
-    """The path of ``newton`` by the damping of its directions: each is made of its own products.
-
-    The texts to keep are taken for all that stays, so that theory's α is n₋/n₊ by their numbers.
-    """
-    rows, share = material.estimation, len(material.forget) / len(material.retain)
-    logger.info(
-        "a step takes %d products with the Gauss–Newton matrix, about %d passes over %d sequences, and theory "
-        "gives it the strength n₋/n₊ = %d/%d",
-        *(PRODUCTS, 2 * PRODUCTS, len(rows), len(material.forget), len(material.retain)),
-    )
-    matrix = GaussNewton(model, rows)
-
-    def path(damping: float) -> NaturalPath:
-        logger.info("making the products, with directions by K-FAC at λ = %g", damping)
-        space = krylov_subspace(matrix, factors, delta, damping)
-        return NaturalPath(model, space.solve, material.forget, share, damping)
-
-    return path
+        line = Line(model, line.direction, forget)
+    match = _go(line, request, target)
+    return Outcome(match, setting, choice, match.strength * dot(gradient, line.direction).item())
 
 
 def _descend(model: PreTrainedModel, material: Material, request: Request, target: float | None) -> Outcome:
-    """Gradient difference with Adam; learning rate and weight are chosen unless the weight is given."""
-    rows, start = (material.forget, material.estimation), snapshot(model)
+    """Gradient difference, or the step of Newton, with Adam.
 
-    def path(learning_rate: float, retain_weight: float) -> Path:
-        loss = with_retain(ascent_loss, retain_weight)
+    For a target the learning rate is chosen, and with it the weight of gradient difference, unless that is given.
+    """
+    rows, start = (material.forget, material.estimation), snapshot(model)
+    newton = _newton_loss(model, material) if request.method == "newton" else None
+
+    def path(learning_rate: float, retain_weight: float | None = None) -> Path:
+        loss = newton or with_retain(ascent_loss, retain_weight)
         return adam_walk(model, loss, *rows, learning_rate, request.seed, MOST_STEPS, batch_size=BATCH_SIZE)
 
     rate, choice = request.learning_rate, None
-    setting = {"learning_rate": rate, "retain_weight": request.retain_weight}
-    if request.retain_weight is None:
-        knobs = WEIGHTS | {"learning_rate": (rate / 4, rate, 4 * rate)}
+    setting, knobs = {"learning_rate": rate}, {"learning_rate": (rate / 4, rate, 4 * rate)}
+    if newton is None:
+        setting, knobs = setting | {"retain_weight": request.retain_weight}, WEIGHTS | knobs
+    if target is not None and (newton or request.retain_weight is None):
         setting, choice = _chosen(knobs, path, model, material, target)
     set_weights(model, start)
     walk = path(**setting)
@@ -151,6 +124,14 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
     for _ in itertools.islice(walk.steps, int(request.strength)):
         pass
     return Outcome(_end(model, material.forget, request.strength), setting)
+
+
+def _newton_loss(model: PreTrainedModel, material: Material) -> Loss:
+    """What newton descends. The texts to keep are taken for all that stays: α is n₋/n₊ by their numbers."""
+    numbers = len(material.forget), len(material.retain)
+    logger.info("differentiating the loss on %d sequences to forget", numbers[0])
+    logger.info("theory gives the step the strength n₋/n₊ = %d/%d", *numbers)
+    return newton_loss(copy.deepcopy(model), ascent_direction(model, material.forget), numbers[0] / numbers[1])
 
 
 def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:
@@ -177,13 +158,13 @@ def _chosen(
     return choice.setting, choice
 
 
-def _go(way: Way, request: Request, target: float | None) -> Match:
-    """Go to the target, or as far as the request's strength says."""
+def _go(line: Line, request: Request, target: float | None) -> Match:
+    """Take a line to the target, or as far as the request's strength says."""
     if target is not None:
         logger.info("searching the strength for a forget loss of %.3f nats", target)
-        return way.to(target)
-    way.go(request.strength)
-    return _end(way.model, way.forget, request.strength)
+        return line.to(target)
+    line.go(request.strength)
+    return _end(line.model, line.forget, request.strength)
 
 
 def _end(model: PreTrainedModel, forget: Tensor, strength: float) -> Match:

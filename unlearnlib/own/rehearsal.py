@@ -3,6 +3,7 @@
 No list says which architectures a method can work on. It is tried, and where it fails the others are tried too.
 """
 
+import copy
 import dataclasses
 import gc
 import logging
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 from unlearnlib.curvature import kronecker
 from unlearnlib.curvature.kronecker_blocks import find_blocks
 from unlearnlib.curvature.kronecker_store import FactorStore, settings_of
-from unlearnlib.curvature.newton import GaussNewton
 from unlearnlib.losses import logits
 from unlearnlib.measures.relearning import relearning_curve
 from unlearnlib.methods.first_order import ascent_direction
+from unlearnlib.methods.newton_descent import newton_loss
 from unlearnlib.models.loading import load_model
 from unlearnlib.own.methods import build_curvature
 from unlearnlib.own.request import STRENGTHS, Request
@@ -126,12 +127,12 @@ def _try(model: PreTrainedModel, two: Tensor, request: Request, method: str) -> 
         build_curvature(model, two, dataclasses.replace(request, method=method, factors=None), delta).solve(
             delta, 1.0
         )
+    elif method == "newton":
+        newton_loss(copy.deepcopy(model), delta, 1.0)(model, two, two)
     elif method != "gradient_ascent":
         kronecker.layer_factors(model, two)
         if method == "ekfac":
             kronecker.diagonal_fisher(model, two)
-        if method == "newton":
-            GaussNewton(model, two).matvec(delta)
 
 
 def _failure(attempt: Callable[[], None]) -> str | None:

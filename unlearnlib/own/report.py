@@ -122,8 +122,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         target += f" ± {result['target_error']:.3f}"
     if result["target_from"] is not None:
         target += f" ({result['target_from']})"
-    names_of = NAMES | ({"damping": "λ of the directions"} if asked["method"] == "newton" else {})
-    setting = "".join(f", {names_of[name]} = {value:g}" for name, value in result["setting"].items())
+    setting = "".join(f", {NAMES[name]} = {value:g}" for name, value in result["setting"].items())
     peak, estimate = cost["peak_bytes"] / 2**30, cost["estimated_bytes"] / 2**30
     processes = f", of the first of {cost['processes']} processes" if cost["processes"] > 1 else ""
     lines += [

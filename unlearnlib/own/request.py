@@ -16,10 +16,12 @@ STRENGTHS = {
     "kfac:difference": "step length along (C + λI)⁻¹(Δ − g), C by K-FAC, g the gradient of what stays",
     "ekfac": "step length along (C + λI)⁻¹Δ, C by EK-FAC",
     "fisher_forgetting": "step length along (C + λI)⁻¹Δ, C by K-FAC, from weights with noise",
-    "newton": "1/λ, the inverse damping of the step n₋/n₊ (G + λI)⁻¹Δ",
+    "newton": "steps of Adam down KL(θ₀ ‖ θ) − (n₋/n₊) Δᵀ(θ − θ₀)",
 }
 """The methods, and the unit in which each one's strength is a number."""
-KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting", "newton")
+DESCENTS = ("gradient_difference", "newton")
+"""The methods that take steps of an optimizer."""
+KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting")
 """The methods that build Kronecker factors."""
 
 
@@ -33,12 +35,12 @@ class Request:
     nats, or where that is None to the loss of ``reference``. With ``"estimate"`` the target is estimated from the
     losses on holdout texts (:func:`unlearnlib.own.targets.estimate_targets`). ``earlier_forget_files`` are those
     of requests that were served before: all sets are forgotten together, by the model that has forgotten none.
-    Texts are cut into sequences of ``length`` tokens. ``damping`` is λ (of newton that of the directions; the λ of
-    its step is what its strength stands for) and ``retain_weight`` the weight of what stays in gradient
-    difference; None has either chosen on the validation part of the retained texts. ``noise`` is the length of
-    Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for gradient difference
-    and the probe. ``factors`` is a folder where Kronecker factors are kept as they are built and found again: by
-    the same request if it was interrupted, or by a later one of the same model and texts to keep.
+    Texts are cut into sequences of ``length`` tokens. ``damping`` is λ and ``retain_weight`` the weight of what
+    stays in gradient difference; None has either chosen on the validation part of the retained texts. ``noise`` is
+    the length of Fisher Forgetting's noise as a share of the length of the weights, ``learning_rate`` is for
+    gradient difference, newton and the probe; for a target newton chooses its own around it. ``factors`` is a
+    folder where Kronecker factors are kept as they are built and found again: by the same request if it was
+    interrupted, or by a later one of the same model and texts to keep.
 
     Raises ValueError for settings that cannot be, FileExistsError if the output exists.
     """
@@ -103,12 +105,10 @@ class Request:
             raise ValueError(
                 f"the strength must be 'match', 'estimate' or a positive number, not {self.strength!r}"
             )
-        elif self.method == "gradient_difference":
+        elif self.method in DESCENTS:
             if self.strength != int(self.strength):
-                raise ValueError(
-                    f"the strength of gradient_difference is a number of steps, not {self.strength!r}"
-                )
-            if self.retain_weight is None:
+                raise ValueError(f"the strength of {self.method} is a number of steps, not {self.strength!r}")
+            if self.method == "gradient_difference" and self.retain_weight is None:
                 raise ValueError("a number of steps of gradient_difference needs a retain_weight to go with it")
         if self.factors is not None and self.method not in KRONECKER:
             raise ValueError(

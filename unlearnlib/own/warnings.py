@@ -79,16 +79,10 @@ def nothing_changed(e: Evidence) -> Iterator[str]:
 
 def target_not_reached(e: Evidence) -> Iterator[str]:
     """The search for the strength ended short of the target."""
-    remedy = "Try another method, or ask for less"
-    if e.method == "newton":
-        remedy = (
-            "Its strength is given by theory, and its few directions do not lead further: give a smaller damping, "
-            f"which proposes sharper ones, than {e.result['setting']['damping']:g}, or try another method"
-        )
     if not (e.result["reached"] or e.at_target):
         yield (
             f"the target loss of {e.result['target_loss']:.2f} nats was not reached: the method ended at "
-            f"{e.result['loss_before_rounding']:.2f}. {remedy}"
+            f"{e.result['loss_before_rounding']:.2f}. Try another method, or ask for less"
         )
 
 
