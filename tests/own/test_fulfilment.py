@@ -748,7 +748,7 @@ def test_gradient_difference_takes_as_many_steps_as_asked(folder, tmp_path):
 
 def test_a_target_out_of_reach_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "MOST_STEPS", 2)
-    settings = {"strength": "match", "target_loss": 9.0}
+    settings = {"strength": "match", "target_loss": 9.0, "learning_rate": 1e-12}
     for method in ("gradient_difference", "newton"):
         report = fulfilment.fulfil(make(folder, tmp_path / method, method=method, **settings), CPU)
         assert not report["result"]["reached"]
