@@ -87,6 +87,8 @@ def test_methods_are_matched_by_loss_and_by_distance(compared):
         off = holdout[method] - holdout["retrained"]
         assert forget[f"{method}:distance"] == pytest.approx(forget["retrained"] + off, abs=0.011)
         assert table.loc[method].notna()["relearned_net_nats"]
+    # A gradient of each text and factors of each kept one at the least; and a step of each is counted.
+    assert table.loc["kfac", "plain_passes"] > len(case.splits.forget) + len(case.estimation)
 
 
 def test_the_attack_by_calibrated_losses_is_the_losses_less_the_references(compared):

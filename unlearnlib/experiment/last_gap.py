@@ -179,9 +179,9 @@ def compare(
     report.measure("original", models["original"])
     contenders = contenders_on(case, {"kfac": build}, max_steps)
     for method, setting in chosen.items():
-        path = contenders[method].path(**setting)
+        path = functools.cache(functools.partial(contenders[method].path, **setting))  # made once, and counted
         report.match(method, path)
-        models[method] = copy.deepcopy(path.model)
+        models[method] = copy.deepcopy(path().model)
         if method in AT_DISTANCE:
             match_distance(report, method, contenders[method].path(**setting))
     return report, models
