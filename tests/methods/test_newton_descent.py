@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unlearnlib import weights
 from unlearnlib.methods.first_order import ascent_direction
 from unlearnlib.methods.newton_descent import newton_loss
+from unlearnlib.methods.newton_removal import NaturalPath
 from unlearnlib.models import loading
 
 VOCABULARY, SHARE = 11, 0.1
@@ -140,3 +141,17 @@ def test_its_minimum_is_the_step_of_newton_up_to_the_square_of_the_share():
         off.append((found - row - share * step).norm().item())
     assert off[0] / off[1] == pytest.approx(4, rel=0.2)
     assert off[1] / off[2] == pytest.approx(4, rel=0.1)
+
+
+def test_an_original_that_is_frozen_serves_as_well(model, delta):
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    found = weights.flatten(gradient(newton_loss(frozen, delta, SHARE), model))
+    torch.testing.assert_close(found, -SHARE * weights.flatten(delta), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_share_that_is_none_is_refused(model, delta, share):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        newton_loss(model, delta, share)
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        NaturalPath(model, lambda _: delta, FORGET, share, 1.0)

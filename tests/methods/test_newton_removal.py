@@ -193,6 +193,8 @@ def test_what_is_no_space_is_refused():
             krylov_subspace(
                 curvature, diagonal_of(curvature), as_vector(torch.full((SIZE,), nowhere).double()), 1.0
             )
+    with pytest.raises(matching.LeadsNowhere, match="direction 2 has length"):  # a product overflows
+        krylov_subspace(Dense(float("inf") * curvature.matrix), diagonal_of(curvature), V, DAMPING, 3)
     indefinite = krylov_subspace(Dense(-curvature.matrix), diagonal_of(curvature), V, DAMPING, 2)
     with pytest.raises(
         krylov.NegativeCurvature, match=r"not positive definite at a damping of 1\.0e-03: raise it"

@@ -64,6 +64,7 @@ LEARNT_BY_NONE = report_of({})
 LEARNT_BY_NONE["measures"]["reference"]["forget_loss"] = 2.01
 FALLS_MORE = report_of({"relearned_fall": 0.5})
 FALLS_MORE["measures"]["reference"]["relearned_fall"] = 0.2
+SETTING = {"learning_rate": 1e-3, "alpha": 0.0123}
 FAULTS = [
     (warnings.nothing_but_noise, report_of({}, strength=0.0, method="fisher_forgetting"), "noise: .* 3.00 nats"),
     (warnings.nothing_changed, report_of({}, strength=0.0), "nothing was changed: .* 2.00 nats, is at the target"),
@@ -72,6 +73,21 @@ FAULTS = [
         warnings.target_not_reached,
         report_of({"forget_loss": 2.0}, strength=0.0, reached=False, loss_before_rounding=2.0),
         "3.00 nats was not reached: the method ended at 2.00",
+    ),
+    (
+        warnings.target_not_reached,
+        report_of({}, reached=False, strength=200.0, method="newton", setting=SETTING),
+        "with theory's strength α = 0.0123 it may lead no further. Try another",
+    ),
+    (
+        warnings.hasty_descent,
+        report_of({}, strength=0.3, method="newton", setting={"learning_rate": 0.03, "alpha": 0.1}),
+        "newton took 0.3 steps, .* a learning rate well below 0.03",
+    ),
+    (
+        warnings.little_is_kept,
+        report_of({}, strength=20.0, method="newton", setting={"learning_rate": 1e-3, "alpha": 5.0}),
+        "more .α = 5.: newton takes the texts to keep for all",
     ),
     (warnings.moved_by_rounding, report_of({"forget_loss": 3.1}), "in bfloat16 moved .* from 3.00 to 3.10"),
     (warnings.setting_at_an_end, report_of({}, at_edge=["damping"]), "the best damping, 0.1, is at an end of"),
@@ -186,6 +202,11 @@ NEARLY = [
     (warnings.target_not_reached, report_of({}, strength=0.0, reached=False)),
     (warnings.moved_by_rounding, report_of({"forget_loss": 3.009})),
     (warnings.setting_at_an_end, report_of({}, setting={})),
+    (warnings.hasty_descent, report_of({}, strength=5.0, method="newton", setting=SETTING)),
+    (warnings.hasty_descent, report_of({}, strength=0.0, method="newton", setting=SETTING)),
+    (warnings.hasty_descent, report_of({}, strength=0.3)),
+    (warnings.little_is_kept, report_of({}, method="newton", setting=SETTING | {"alpha": 0.99})),
+    (warnings.little_is_kept, report_of({})),
     (warnings.target_estimated, report_of({}, target_from="estimate", target_error=0.25)),
     (warnings.target_estimated, report_of({}, strength=0.0, target_error=9.0)),
     (warnings.target_estimated, report_of({}, target_loss=None, target_from=None)),

@@ -5,12 +5,20 @@ matrix G. So the minimum of KL(θ₀ ‖ θ) − αΔᵀ(θ − θ₀) is θ₀ 
 is to damp: after a time T of gradient flow, about as (G + I/T)⁻¹ does.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearnlib.methods.first_order import Loss, kl_loss
 from unlearnlib.weights import Vector, parameters
+
+
+def check_share(share: float) -> None:
+    """Raise ValueError unless α = n₋/n₊ is a positive, finite number."""
+    if not (share > 0 and math.isfinite(share)):
+        raise ValueError(f"the share α of what is removed must be positive and finite, not {share}")
 
 
 def newton_loss(original: PreTrainedModel, delta: Vector, share: float) -> Loss:
@@ -20,11 +28,13 @@ def newton_loss(original: PreTrainedModel, delta: Vector, share: float) -> Loss:
     sequences in a mean over the n₊ that stay. Unlike ascent, it removes what the texts have contributed, which is
     settled, and not what they would contribute to the model that it goes through: Δ stays as it is, and ``forget``
     is not read. This is the proximal Bregman objective of Bae et al. (2022) without its proximal term.
+
+    Raises ValueError for a share that is not positive and finite.
     """
-    keep = kl_loss(original)
+    check_share(share)
+    keep, before = kl_loss(original), dict(original.named_parameters())
 
     def loss(model: PreTrainedModel, forget: Tensor, retain: Tensor) -> Tensor:
-        before = parameters(original)
         moved = [((p - before[name].detach()) * delta[name]).sum() for name, p in parameters(model).items()]
         return keep(model, forget, retain) - share * torch.stack(moved).sum()
 

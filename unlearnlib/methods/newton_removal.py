@@ -19,6 +19,7 @@ from unlearnlib.curvature.krylov import NegativeCurvature
 from unlearnlib.curvature.protocol import Curvature, check_damping
 from unlearnlib.losses import mean_loss
 from unlearnlib.methods.matching import LeadsNowhere, Match, match_strength
+from unlearnlib.methods.newton_descent import check_share
 from unlearnlib.weights import Vector, flatten, set_weights, snapshot, unflatten
 
 PRODUCTS = 8
@@ -84,8 +85,8 @@ def krylov_subspace(
     for k in trange(products, desc="products", leave=False, mininterval=1.0):
         row = flatten(preconditioner.solve(unflatten(system, v), damping))
         length = row.norm().item()
-        if k == 0 and not (length > 0 and math.isfinite(length)):
-            raise LeadsNowhere(f"the first direction has length {length}: it leads nowhere")
+        if not math.isfinite(length) or (k == 0 and not length > 0):
+            raise LeadsNowhere(f"direction {k + 1} has length {length}: it leads nowhere")
         for _ in range(2):  # twice is enough (Parlett 1998)
             row = row - (basis[:k] @ row) @ basis[:k]
         rest = row.norm()
@@ -106,7 +107,7 @@ class NaturalPath:
     A :class:`unlearnlib.methods.matching.Path`. ``solve(λ)`` is x(λ) = (C + λI)⁻¹Δ of some curvature, and
     ``share`` is α = n₋/n₊, the influence of n₋ removed sequences in a mean over the n₊ that stay. ``forget``
     [n, tokens] are the sequences whose loss is looked at. It starts from the weights that ``model`` has now, and
-    the search for λ from ``damping``. Raises ValueError if that is not positive.
+    the search for λ from ``damping``. Raises ValueError if that or the share is not positive.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class NaturalPath:
         damping: float,
     ) -> None:
         check_damping(damping)
+        check_share(share)
         self.model, self.solve, self.forget, self.share, self.damping = model, solve, forget, share, damping
         self.start = snapshot(model)
 

@@ -118,6 +118,7 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
         setting, choice = _chosen(knobs, path, model, material, target)
     set_weights(model, start)
     walk = path(**setting)
+    setting |= {"alpha": material.share} if newton else {}
     if target is not None:
         logger.info("walking to a forget loss of %.3f nats", target)
         return Outcome(walk.to(target), setting, choice)
@@ -128,10 +129,9 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
 
 def _newton_loss(model: PreTrainedModel, material: Material) -> Loss:
     """What newton descends. The texts to keep are taken for all that stays: α is n₋/n₊ by their numbers."""
-    numbers = len(material.forget), len(material.retain)
-    logger.info("differentiating the loss on %d sequences to forget", numbers[0])
-    logger.info("theory gives the step the strength n₋/n₊ = %d/%d", *numbers)
-    return newton_loss(copy.deepcopy(model), ascent_direction(model, material.forget), numbers[0] / numbers[1])
+    logger.info("differentiating the loss on %d sequences to forget", len(material.forget))
+    logger.info("theory gives the step the strength n₋/n₊ = %.3g", material.share)
+    return newton_loss(copy.deepcopy(model), ascent_direction(model, material.forget), material.share)
 
 
 def build_curvature(model: PreTrainedModel, sequences: Tensor, request: Request, delta: Vector) -> Curvature:

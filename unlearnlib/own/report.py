@@ -22,7 +22,7 @@ PROBED = 64
 CANDIDATES = 511
 """Random texts of a secret's format among which it is ranked: with itself 512, nine bits at most."""
 
-NAMES = {"damping": "λ", "retain_weight": "retain weight", "learning_rate": "learning rate"}
+NAMES = {"damping": "λ", "retain_weight": "retain weight", "learning_rate": "learning rate", "alpha": "α"}
 """The knobs, as the report calls them."""
 
 HEADINGS = {

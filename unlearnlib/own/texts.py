@@ -33,6 +33,7 @@ class Material:
     earlier requests that are named with it; ``sets`` are their numbers, by file. Of each secret, ``secrets`` has
     three texts: what is before it in the forget file up to a white space, what stands between that and the secret,
     and the secret. ``hashes`` are the SHA-256 of the files' bytes as they were read, by what is in them.
+    ``forget_tokens`` counts the tokens to forget once where two sequences share them; None if none are shared.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +45,12 @@ class Material:
     warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     sets: dict[str, int] = field(default_factory=dict)
+    forget_tokens: int | None = None
+
+    @property
+    def share(self) -> float:
+        """α = n₋/n₊, by tokens: those of the texts to forget, each once, over those of the texts to keep."""
+        return (self.forget_tokens or self.forget.numel()) / self.retain.numel()
 
     def counts(self) -> dict[str, int]:
         """The number of sequences of each kind."""
@@ -115,6 +122,7 @@ def read_material(
     _refuse_shared(found, lambda split, i: parts[split].row_name(i) + role(split))
     warnings = [warning for file in read.values() for warning in file.warnings]
     sets = {split: len(rows[split]) for split in asked}
+    tokens = sum(min(parts[split].tokens, rows[split].numel()) for split in asked)
     rows["forget"] = torch.cat([rows[split] for split in asked])
     warnings += _passage_warnings([parts[split] for split in asked], parts)
     unknown = (rows["forget"] == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token else 0.0
@@ -126,7 +134,16 @@ def read_material(
     texts["forget"] = [text for split in asked for text in texts[split]]
     places = _find_secrets(secrets, texts, tokenizer, length, warnings)
     material = Material(
-        tokenizer, rows["forget"], rows["retain"], rows.get("holdout"), places, notes, warnings, hashes, sets
+        tokenizer,
+        rows["forget"],
+        rows["retain"],
+        rows.get("holdout"),
+        places,
+        notes,
+        warnings,
+        hashes,
+        sets,
+        tokens,
     )
     if len(material.validation) < FEW:
         warnings.append(
@@ -152,6 +169,11 @@ class _Part:
         self.order = sorted(range(len(tokens)), key=lambda i: spread and i % EIGHTH == EIGHTH - 1)
         self.documents = [tokens[i] for i in self.order]
         self.rows = _sequences(self.documents, tokenizer.eos_token_id, length, whole)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the texts have, each with the one that ends it."""
+        return sum(len(document) + 1 for document in self.documents)
 
     def text_name(self, text: int) -> str:
         """How an error names a text."""

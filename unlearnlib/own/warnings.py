@@ -8,6 +8,8 @@ from typing import Any
 from unlearnlib.measures.evaluation import auc_error
 from unlearnlib.methods.matching import TOLERANCE
 
+FEW_STEPS = 5
+"""With fewer steps of a descent than this the report warns."""
 LEAK = math.log2(20)
 """Bits of exposure that a secret which was never seen has once in twenty times."""
 FEW = 32
@@ -80,9 +82,30 @@ def nothing_changed(e: Evidence) -> Iterator[str]:
 def target_not_reached(e: Evidence) -> Iterator[str]:
     """The search for the strength ended short of the target."""
     if not (e.result["reached"] or e.at_target):
+        theory = ""
+        if e.method == "newton":
+            theory = f"; with theory's strength α = {e.result['setting']['alpha']:.3g} it may lead no further"
         yield (
             f"the target loss of {e.result['target_loss']:.2f} nats was not reached: the method ended at "
-            f"{e.result['loss_before_rounding']:.2f}. Try another method, or ask for less"
+            f"{e.result['loss_before_rounding']:.2f}{theory}. Try another method, or ask for less"
+        )
+
+
+def hasty_descent(e: Evidence) -> Iterator[str]:
+    """Newton's descent took so few steps that the texts to keep had no say in where it went."""
+    if e.method == "newton" and 0 < e.result["strength"] < FEW_STEPS:
+        yield (
+            f"newton took {e.result['strength']:.2g} steps, and the first steps of Adam hardly know of the texts "
+            f"to keep: give a learning rate well below {e.result['setting']['learning_rate']:.2g}"
+        )
+
+
+def little_is_kept(e: Evidence) -> Iterator[str]:
+    """Newton takes the texts to keep for all that the model was trained on besides, and they are few."""
+    if e.method == "newton" and e.result["setting"]["alpha"] >= 1:
+        yield (
+            f"there is as much to forget as to keep, or more (α = {e.result['setting']['alpha']:.2g}): newton "
+            "takes the texts to keep for all that the model was trained on besides. Give all of them"
         )
 
 
@@ -274,6 +297,8 @@ RULES = (
     nothing_but_noise,
     nothing_changed,
     target_not_reached,
+    hasty_descent,
+    little_is_kept,
     moved_by_rounding,
     setting_at_an_end,
     target_estimated,
