@@ -46,7 +46,7 @@ METHOD_STYLES = {
     "newton_cg:hessian": {"color": SKY, "marker": "d"},
     "newton_cg:natural": {"color": ORANGE, "marker": "X"},
     "newton_descent": {"color": RED, "marker": "d"},
-    "newton": {"color": ORANGE, "marker": "X"},
+    "newton": {"color": RED, "marker": "d"},
     "fisher_recursion": {"color": ORANGE, "marker": "<"},
     "fisher_dual": {"color": BLUE, "marker": ">"},
     "fisher_diagonal": {"color": SKY, "marker": "v"},

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.contenders import MAX_STEPS, contenders_on
@@ -9,7 +10,7 @@ from unlearnlib.experiment.report import Report
 from unlearnlib.methods.first_order import ascent_direction, retain_loss
 from unlearnlib.methods.fisher_updates import Build, forgetting_noise, removal_direction
 from unlearnlib.methods.matching import Line
-from unlearnlib.methods.tuning import MOST
+from unlearnlib.methods.tuning import MOST, Knobs
 from unlearnlib.methods.walks import adam_walk
 from unlearnlib.weights import snapshot
 
@@ -26,11 +27,18 @@ def choose_settings(
     builds: Mapping[str, Build],
     most: int = MOST,
     max_steps: int = MAX_STEPS,
+    knobs: Mapping[str, Knobs] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By method, the setting that :meth:`Report.choose` finds for it, in at most so many trials each."""
+    """By method, the setting that :meth:`Report.choose` finds for it, in at most so many trials each.
+
+    The search begins in the grids that a method comes with, or in those of ``knobs``, which then has all methods'.
+    """
     chosen = {}
     for method in methods:  # contenders anew each time, so that a curvature is kept no longer than it is used
-        chosen[method] = report.choose(method, contenders_on(report.case, builds, max_steps)[method], most)
+        contender = contenders_on(report.case, builds, max_steps)[method]
+        if knobs is not None:
+            contender = replace(contender, knobs=knobs[method])
+        chosen[method] = report.choose(method, contender, most)
     return chosen
 
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -16,14 +15,13 @@ from unlearnlib.curvature.per_sequence_gradients import sequence_gradients
 from unlearnlib.curvature.protocol import Curvature
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.comparison import Settings
-from unlearnlib.experiment.contenders import contenders_on
+from unlearnlib.experiment.contenders import STEPS, contenders_on
 from unlearnlib.experiment.report import Report
 from unlearnlib.losses import batched, sequence_losses, token_losses
 from unlearnlib.measures.attacks import calibrated
 from unlearnlib.measures.evaluation import membership_auc
 from unlearnlib.methods.fisher_updates import Build, RemovalInSteps, removal_direction
 from unlearnlib.methods.matching import Line, Path
-from unlearnlib.methods.tuning import Knobs
 from unlearnlib.weights import Vector, difference, flatten, mean_gradient, unflatten
 
 POWERS = (1, 4)
@@ -31,9 +29,6 @@ POWERS = (1, 4)
 
 AT_DISTANCE = ("kfac", "newton_descent")
 """Methods that are measured a second time, where forget and holdout losses differ as the retrained model's do."""
-
-STEPS = 4
-"""So many steps where there are several, and so many conjugate gradients in a block."""
 
 
 class GapReport(Report):
@@ -118,8 +113,8 @@ def cures(
 
     ``factors`` are K-FAC of the texts that stay and ``delta`` the forget gradient, both at the original weights;
     λ is ``damping`` throughout. ``build`` is what makes K-FAC anew, for cures that take several steps; the exact
-    curvature of each matrix of weights is that of ``m_blocks`` sequences. One cure is given what nobody has: the
-    retrained model's own loss on every text.
+    curvature of each matrix of weights is that of ``m_blocks`` sequences, by as many conjugate gradients
+    (:data:`STEPS`). One cure is given what nobody has: the retrained model's own loss on every text.
     """
     case = report.case
     forget, retain = case.splits.forget, case.estimation
@@ -185,17 +180,6 @@ def compare(
         if method in AT_DISTANCE:
             match_distance(report, method, contenders[method].path(**setting))
     return report, models
-
-
-def choose_from(
-    report: Report, knobs: Mapping[str, Knobs], build: Build, most: int, max_steps: int
-) -> dict[str, dict[str, float]]:
-    """By method of ``knobs`` the setting that :meth:`Report.choose` finds for it, beginning in these grids."""
-    contenders = contenders_on(report.case, {"kfac": build}, max_steps)
-    return {
-        method: report.choose(method, replace(contenders[method], knobs=grids), most)
-        for method, grids in knobs.items()
-    }
 
 
 def match_distance(report: Report, method: str, path: Path) -> None:

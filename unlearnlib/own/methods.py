@@ -128,7 +128,7 @@ def _descend(model: PreTrainedModel, material: Material, request: Request, targe
 
 
 def _newton_loss(model: PreTrainedModel, material: Material) -> Loss:
-    """What newton descends. The texts to keep are taken for all that stays: α is n₋/n₊ by their numbers."""
+    """What newton descends. The texts to keep are taken for all that stays: α is n₋/n₊ by their tokens."""
     logger.info("differentiating the loss on %d sequences to forget", len(material.forget))
     logger.info("theory gives the step the strength n₋/n₊ = %.3g", material.share)
     return newton_loss(copy.deepcopy(model), ascent_direction(model, material.forget), material.share)
