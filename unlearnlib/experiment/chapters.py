@@ -317,7 +317,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "most": 6,
             "m_factors": 128,
         },
-        "cpu": ATTACKED | {"seeds": 3, "steps": 200, "most": 12, "m_factors": 840},
+        "cpu": ATTACKED | {"seeds": 5, "steps": 200, "most": 12, "m_factors": 448},
         "gpu": ATTACKED | {"seeds": 1, "steps": 200, "most": 12, "m_factors": 1024, "shadows": 8, "holdout": 256},
     },
     "newton": {
@@ -353,7 +353,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "second_seeds": 5,
             "second": {},
             "most": 12,
-            "m": 840,
+            "m": 448,
             "m_recursion": 256,
             "block_size": 64,
             "block_sizes": (1, 4, 32, 64, 256),
@@ -382,7 +382,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     "kronecker": {
         "quick": SHORTER_PROBE
         | {"seeds": 1, "most": 5, "second_seeds": 1, "second": SHORT_SECOND, "m": 256, "few": 32},
-        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 840, "few": 256},
+        "cpu": {"seeds": 5, "most": 12, "second_seeds": 5, "second": {}, "m": 448, "few": 256},
         "gpu": {"seeds": 3, "most": 12, "second_seeds": 1, "second": {}, "m": 1024, "few": 64},
     },
     "fisher_updates": {
@@ -390,7 +390,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | SHORT_PROBE
         | {"seeds": 1, "m": 256, "m_factors": 256, "draws": 2, "most": 5, "most_each": 5, "max_steps": 60}
         | {"sizes_each": 1, "shares": (0.5, 1.0, 1.25)},
-        "cpu": FISHER_UPDATES | {"seeds": 5, "m": 840, "m_factors": 840, "draws": 8},
+        "cpu": FISHER_UPDATES | {"seeds": 5, "m": 448, "m_factors": 448, "draws": 8},
         "gpu": FISHER_UPDATES | PAPERS_INVERSE | {"seeds": 3, "m": 32, "m_factors": 1024, "draws": 3},
     },
     "fair_fight": {
@@ -405,7 +405,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "most": 5,
             "max_steps": 100,
         },
-        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 6},
+        "cpu": FAIR_FIGHT | SMALL_CASES | {"seeds": 5},
         "gpu": FAIR_FIGHT | PAPERS_INVERSE | {"seeds": 3, "forget": 64, "retain": 640, "holdout": 192, "m": 32},
     },
     "by_heart": {"quick": BY_HEART, "cpu": BY_HEART, "gpu": BY_HEART},
@@ -486,12 +486,12 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": REAL_MODEL
         | {
             "model": SMOLLM2,
-            "training": Training(epochs=4, batch_size=16, learning_rate=2e-4),
-            "length": 64,
-            "forget": 32,
-            "retain": 224,
-            "holdout": 96,
-            "seeds": 2,
+            "training": Training(epochs=4, batch_size=8, learning_rate=2e-4),
+            "length": 48,
+            "forget": 24,
+            "retain": 136,
+            "holdout": 72,
+            "seeds": 3,
         },
         "gpu": REAL_MODEL
         | {
@@ -533,7 +533,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "corpora": "reuters,tales,socialiqa,maths",
             "seeds": 5,
             "relearning_steps": 15,
-            "m": 512,
+            "m": 448,
             "m_recursion": 256,
             "block_size": 64,
             "methods": (*FIRST_ORDER, *SECOND_ORDER),
@@ -692,8 +692,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "corpora": "reuters,tales,socialiqa,maths",
             "seeds": 5,
-            "retain": 512,
-            "training": Training(epochs=10, batch_size=16, learning_rate=3e-3),
+            "large": False,
             "most": 6,
             "max_steps": 200,
         },
