@@ -227,14 +227,16 @@ def test_the_search_of_private_training_is_noted(report, monkeypatch):
 
     def search(case, privacy, knobs, most):
         asked.append((case, privacy.epsilon, privacy.delta, knobs, most))
-        return tuning.Choice({"learning_rate": 0.1}, pd.DataFrame({"learning_rate": [0.1, 0.2]}), ())
+        return tuning.Choice(
+            {"learning_rate": 0.1}, pd.DataFrame({"learning_rate": [0.1, 0.2]}), ("learning_rate",)
+        )
 
     monkeypatch.setattr(three_axes, "choose_training", search)
     knobs = {"learning_rate": (1e-3, 1e-2, 1e-1)}
     choice = three_axes.choose_privately(report, 2.0, 1e-5, knobs, most=3)
     assert asked == [(report.case, 2.0, 1e-5, knobs, 3)]
     assert choice.setting == {"learning_rate": 0.1}
-    assert values(report, "dp_sgd:2") == {"settings_tried": 2}
+    assert values(report, "dp_sgd:2") == {"settings_tried": 2, "knobs_at_edge": 1}
 
 
 def test_seconds_of_retraining_are_those_of_fewer_sequences(report, monkeypatch):

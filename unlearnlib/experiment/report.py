@@ -183,12 +183,12 @@ class Report:
     def choose(self, method: str, contender: Contender, most: int = MOST) -> dict[str, float]:
         """:func:`unlearnlib.methods.tuning.choose` at this case's target, on its validation sequences.
 
-        Keeps the choice in ``choices``, notes ``settings_tried`` and the ``choosing_passes`` it took, and
-        returns the setting.
+        Keeps the choice in ``choices``, notes ``settings_tried``, ``knobs_at_edge`` and the ``choosing_passes``
+        it took, and returns the setting.
         """
         choice = choose(contender.knobs, contender.path, self.case.validation, self.target, most)
         self.choices[method] = choice
-        self.add(method, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
+        self.add(method, choice.noted | {"choosing_passes": choice.plain_passes})
         return choice.setting
 
     def tried(self, method: str) -> pd.DataFrame:

@@ -137,8 +137,8 @@ class RequestSeries:
         """Choose a method's setting by :func:`unlearnlib.methods.tuning.choose`, on the sequences of ``choice``.
 
         What counts is the loss on these once the first ``requests`` sets have been served, in turn, by
-        ``step(**setting)``. Keeps the choice in ``choices``, notes ``settings_tried`` and the
-        ``choosing_passes`` it took, and returns the setting.
+        ``step(**setting)``. Keeps the choice in ``choices``, notes ``settings_tried``,
+        ``knobs_at_edge`` and the ``choosing_passes`` it took, and returns the setting.
         """
         model = self.case.original()
 
@@ -147,7 +147,7 @@ class RequestSeries:
 
         choice = choose(knobs, path, self.choice, self.targets[requests - 1], most)
         self.choices[method] = choice
-        self._keep(method, 0, {"settings_tried": choice.tried, "choosing_passes": choice.plain_passes})
+        self._keep(method, 0, choice.noted | {"choosing_passes": choice.plain_passes})
         return choice.setting
 
     def follow(self, method: str, model: PreTrainedModel, step: Step, trail: bool = False) -> list[Match]:

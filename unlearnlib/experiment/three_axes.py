@@ -125,9 +125,9 @@ def _path(report: AxesReport, method: str, setting: Mapping[str, float], build: 
 
 
 def choose_privately(report: AxesReport, epsilon: float, delta: float, knobs: Knobs, most: int = MOST) -> Choice:
-    """:func:`choose_training` of private training, as ``dp_sgd:ε``; notes how many settings were tried."""
+    """:func:`choose_training` of private training, as ``dp_sgd:ε``; notes how it was found."""
     choice = choose_training(report.case, Privacy(epsilon, delta), knobs, most)
-    report.add(f"dp_sgd:{epsilon:g}", {"settings_tried": choice.tried})
+    report.add(f"dp_sgd:{epsilon:g}", choice.noted)
     return choice
 
 

@@ -51,6 +51,11 @@ class Choice:
         return len(self.table)
 
     @property
+    def noted(self) -> dict[str, float]:
+        """What results say of the choice: how many settings were tried, and how many knobs lie at an edge."""
+        return {"settings_tried": self.tried, "knobs_at_edge": len(self.at_edge)}
+
+    @property
     def plain_passes(self) -> float:
         """What all trials took, in plain passes; what they share, such as a curvature, is counted once."""
         return float(self.table["plain_passes"].sum())
