@@ -1,5 +1,6 @@
 """What the streaming form of the dual costs on a real language model, of whose gradients G would not fit."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def streaming_cost(source: str | dict[str, Any], sequences: Tensor, forget: Tens
         fisher = StreamingFisher(model, sequences, v=delta)
     with Meter(model.device) as solve:
         fisher.solve(delta, fisher.eigenvalues.mean().item())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
     with Meter(model.device) as plain:
         plain_pass(model, sequences)
     return StreamingCost(parameter_count(model), build.cost, solve.cost, plain.cost, peak)
