@@ -116,7 +116,7 @@ def test_pages_name_no_folder_of_this_machine(book_site):
 
 def test_the_repository_is_named_nowhere():
     """Its address comes from the git remote: a fork's pages lead to the fork."""
-    settings = [ROOT / "_config.yml", ROOT / "README.md", ROOT / "CITATION.cff", *ROOT.glob("book/*.md")]
+    settings = [*ROOT.glob("*.md"), ROOT / "_config.yml", ROOT / "CITATION.cff", *ROOT.glob("book/*.md")]
     for path in [*settings, *ROOT.glob("notebooks/*.ipynb")]:
         assert not re.search(r"git(hub|lab)\.com/[\w-]*unlearning", path.read_text(encoding="utf-8")), path.name
 
