@@ -8,6 +8,7 @@ from unlearnlib import weights
 from unlearnlib.experiment import case, chapters, profiles
 from unlearnlib.models import loading, training
 from unlearnlib.models.training import Run, Training
+from unlearnlib.texts import corpora
 from unlearnlib.texts.corpora import load_corpus
 from unlearnlib.texts.sequences import make_splits, train_tokenizer
 
@@ -99,3 +100,74 @@ def test_architectures_differ_in_the_model_alone(name):
         counts = [loading.parameter_count(loading.load_model(size.model, device="meta")) for size in sizes]
         assert counts == sorted(set(counts))
         assert len({size.model["model_type"] for size in sizes}) == 1
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "CORPORA", dict(corpora.CORPORA))
+    monkeypatch.setattr(corpora, "ABOUT", dict(corpora.ABOUT))
+    monkeypatch.setattr(corpora, "OWN_CORPORA", {})
+    path = tmp_path / "letters.txt"
+    path.write_text("\n\n".join(f"Letter {i} says  {i * i}." for i in range(40)))
+    return path
+
+
+def test_a_chapter_takes_a_file_of_texts_under_its_stem(own_file):
+    settings, _ = chapters.chapter("gradient_ascent", "quick", str(own_file), retain=4)
+    assert settings.corpus == "letters"
+    asked = dataclasses.replace(settings, vocabulary=300, length=8, forget=2, holdout=2)
+    corpus = load_corpus("letters")
+    tokenizer = case.make_tokenizer(asked, corpus)
+    splits = case._splits(asked, corpus, tokenizer, 0)
+    assert splits.retain.shape == (4, 8)
+    assert all(name.startswith("letters/") for names in splits.documents.values() for name in names)
+    with pytest.raises(ValueError, match=r"ran out in the retain split, 960 sequences .* make \d+\. Ask"):
+        case._splits(dataclasses.replace(asked, retain=960), corpus, tokenizer, 0)
+
+
+def test_a_list_may_have_files_and_names_that_the_chapter_knows(own_file):
+    given = f"maths,{own_file},posts"
+    assert profiles.corpus_names(given, "posts") == ["maths", "letters", "posts"]
+    with pytest.raises(ValueError, match="unknown corpus 'posts'"):
+        profiles.corpus_names(given)
+
+
+def test_a_pretrained_model_in_place_of_new_ones_is_tuned_as_chapter_10_does_it():
+    real, _ = chapters.chapter("real_model", "quick")
+    before, sizes = chapters.chapter("fisher", "quick")
+    settings, own_sizes = chapters.chapter("fisher", "quick", model="models/mine", retain=100)
+    tuned = {name: getattr(real, name) for name in chapters.FINE_TUNING}
+    assert settings == dataclasses.replace(before, model="models/mine", retain=100, **tuned)
+    assert own_sizes == sizes
+    hub, _ = chapters.chapter("fisher", "gpu")
+    settings, _ = chapters.chapter("fisher", "gpu", model="models/mine")
+    assert settings == dataclasses.replace(hub, model="models/mine")
+
+
+@pytest.mark.parametrize("name", chapters.OWN_MODELS_ONLY)
+def test_chapters_that_need_their_own_models_say_so(name):
+    with pytest.raises(ValueError, match=f"{name}' takes no other model: it"):
+        chapters.chapter(name, "quick", model="models/mine")
+
+
+def test_the_others_are_those_that_fine_tune_at_profile_gpu():
+    for name in chapters.CHAPTERS.keys() - chapters.OWN_MODELS_ONLY.keys():
+        settings, _ = chapters.chapter(name, "gpu")
+        assert isinstance(settings.model, str)
+        assert settings.vocabulary is None
+
+
+def test_the_new_models_beside_a_given_one_stay_as_they_are():
+    before, settings = (
+        chapters.chapter("four_datasets", "quick", model=model)[0] for model in (None, "models/mine")
+    )
+    kept = ("relearning_steps", "relearning_rate")  # which the chapter may have of its own
+    for change in (profiles.on_small_opt, lambda given: profiles.architectures(given)["Llama"][1]):
+        expected, found = change(before), change(settings)
+        assert found == dataclasses.replace(expected, **{name: getattr(found, name) for name in kept})
+
+
+def test_a_folder_goes_by_its_name_in_tables(tmp_path):
+    for model, name in ((str(tmp_path), tmp_path.name), ("some/model@main", "some/model")):
+        settings, _ = chapters.chapter("real_model", "quick", model=model)
+        assert case.model_name(settings) == name

@@ -350,3 +350,45 @@ def test_offline_corpora_need_no_hub(monkeypatch, loaded):
 def test_unknown_name():
     with pytest.raises(ValueError, match="tales, socialiqa, maths, reuters, licences, lambada"):
         corpora.load_corpus("wikitext")
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """The tables of corpora, to be changed by this test alone."""
+    for name in ("CORPORA", "ABOUT", "OWN_CORPORA"):
+        monkeypatch.setattr(corpora, name, dict(getattr(corpora, name)))
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_a_file_of_texts_is_a_corpus_by_the_name_of_its_stem(tmp_path, apart):
+    given = write_lines(tmp_path / "letters.jsonl", ["one", "two  words\n", "one"])
+    assert corpora.corpus_name(given) == corpora.corpus_name("letters") == "letters"
+    corpus = corpora.load_corpus("letters")
+    assert corpus.to_list() == [
+        {"id": "letters/00000", "text": "one"},
+        {"id": "letters/00001", "text": "two words"},
+    ]
+    assert corpus.info.description == "texts of letters.jsonl: 2 of 3 documents kept"
+    write_lines(tmp_path / "letters.jsonl", ["another", "text"])
+    assert corpora.load_corpus(corpora.corpus_name(given))["text"][:] == ["another", "text"]  # it was edited
+
+
+def test_what_is_no_corpus_is_refused_with_a_remedy(tmp_path, apart):
+    assert corpora.corpus_name("tales") == "tales"
+    with pytest.raises(ValueError, match=r"unknown corpus .tails.: choose one of tales.*, or give the path"):
+        corpora.corpus_name("tails")
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere/tails\.txt: give the path"):
+        corpora.corpus_name("nowhere/tails.txt")
+    with pytest.raises(ValueError, match=r"posts\.jsonl would be called posts, .*: rename the file"):
+        corpora.corpus_name(write_lines(tmp_path / "posts.jsonl", ["one", "two"]))
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"lines\.txt holds one text.*: the 2 lines .* put blank lines between"):
+        corpora.corpus_name(str(tmp_path / "lines.txt"))
+    corpora.corpus_name(write_lines(tmp_path / "mine.jsonl", ["one", "two"]))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"mine\.jsonl would be called mine, as another corpus is"):
+        corpora.corpus_name(write_lines(tmp_path / "other" / "mine.jsonl", ["three", "four"]))

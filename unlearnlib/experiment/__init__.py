@@ -1,14 +1,14 @@
 """The experiments: profiles, cases of one seed, and the report that measures methods on them."""
 
 from unlearnlib.experiment.case import Case, make_cases, model_name, shared_documents
-from unlearnlib.experiment.chapters import chapter
+from unlearnlib.experiment.chapters import as_written, chapter
 from unlearnlib.experiment.comparison import choose_settings, follow_methods, measure_references
 from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
 from unlearnlib.experiment.earnings import earnings_news
 from unlearnlib.experiment.inverse_fisher_time import inverse_fisher_seconds
 from unlearnlib.experiment.many_processes import in_processes, shared_updates
-from unlearnlib.experiment.profiles import Profile, architectures, get_profile, on_second_corpus
+from unlearnlib.experiment.profiles import Profile, architectures, corpus_names, get_profile, on_second_corpus
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
 from unlearnlib.experiment.request_series import RequestSeries, broken_down
 from unlearnlib.experiment.request_sets import RequestCase, requests_of_sizes
@@ -25,10 +25,12 @@ __all__ = [
     "RequestSeries",
     "Shadows",
     "architectures",
+    "as_written",
     "broken_down",
     "chapter",
     "choose_settings",
     "contenders_on",
+    "corpus_names",
     "curvature_builders",
     "earnings_news",
     "follow_methods",

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -149,7 +150,7 @@ def make_tokenizer(profile: Profile, corpus: datasets.Dataset) -> PreTrainedToke
 
 
 def model_name(profile: Profile) -> str:
-    """A short name of the profile's model for tables, such as ``opt-64x4`` (width by layers)."""
+    """A short name of the profile's model for tables, such as ``opt-64x4`` (width by layers), or a folder's."""
     if isinstance(profile.model, str):
-        return profile.model.partition("@")[0]
+        return Path(profile.model).name if Path(profile.model).is_dir() else profile.model.partition("@")[0]
     return "{model_type}-{hidden_size}x{num_hidden_layers}".format(**profile.model)

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from unlearnlib.experiment.paper import PAPER
-from unlearnlib.experiment.profiles import GPU, HUB_ARCHITECTURES, QUICK, Profile, get_profile
+from unlearnlib.experiment.profiles import GPU, HUB_ARCHITECTURES, PROFILES, QUICK, Profile, get_profile
 from unlearnlib.models.loading import SMOLLM2, small_llama, small_opt
 from unlearnlib.models.training import Training
+from unlearnlib.texts.corpora import OWN_CORPORA
 
 # What chapters 11 and 12 compare, quick without the last of the first-order methods, which takes most steps.
 FIRST_ORDER = ("gradient_ascent", "gradient_ascent:sgd", "gradient_difference", "npo:retain")
@@ -753,29 +754,62 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# Chapters that take no pretrained model in place of their own, and why.
+OWN_MODELS_ONLY = {
+    "newton": "its models are logistic regressions",
+    "by_heart": "it trains a new model until that knows its few texts by heart",
+    "dp_sgd": "it trains privately, by Opacus, which cannot train every architecture",
+    "three_axes": "it plants secrets in a new model and times the recursion at sizes of its own",
+    "cost": "its weights are random, and their number is what it varies",
+    "many_gpus": "its weights are random, and their number is what it varies",
+    "own_model": "its notebook has a parameter for yours, and the texts that go with it",
+}
+# What is other where a chapter of new models is given a pretrained one.
+FINE_TUNING = ("vocabulary", "training", "last_blocks", "relearning_steps", "relearning_rate")
+_DEPARTURES: set[str] = set()
+
+
+def as_written() -> bool:
+    """Whether all chapters had, in this process, the corpora, seeds, model and sizes that their texts know."""
+    return not _DEPARTURES and not OWN_CORPORA
+
+
 def chapter(
     name: str, profile: str, corpus: str | None = None, seeds: int | None = None, **changes: Any
 ) -> tuple[Profile, SimpleNamespace]:
     """The profile as the chapter called ``name`` uses it, and the chapter's own settings.
 
     ``corpus``, ``seeds`` and other fields of the profile, ``changes``, take the place of the profile's and the
-    chapter's where they are given and not None.
-    Raises ValueError as :func:`unlearnlib.experiment.profiles.get_profile`, and for an unknown chapter or
-    a change that is no field of a profile.
+    chapter's where they are given and not None. A pretrained ``model`` in place of new ones is fine-tuned with its
+    own tokenizer, as that of chapter 10 is at this profile.
+    Raises as :func:`unlearnlib.experiment.profiles.get_profile`, and ValueError for an unknown chapter, a change
+    that is no field of a profile, or a pretrained model where the chapter takes none (:data:`OWN_MODELS_ONLY`).
     """
     if name not in CHAPTERS:
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
     settings = get_profile(profile, corpus, seeds)
     entries = dict(CHAPTERS[name][profile])
-    number = seeds or entries.get("seeds", len(settings.seeds))
+    own_number = entries.get("seeds", len(PROFILES[profile].seeds))
+    number = seeds or own_number
     left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
     entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
     unknown = changes.keys() - fields
     if unknown:
         raise ValueError(f"a profile has no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(fields))}")
-    changes["corpus"] = corpus
-    entries |= {key: value for key, value in changes.items() if value is not None}
+    changes["corpus"] = None if corpus is None else settings.corpus
+    given = {key: value for key, value in changes.items() if value is not None}
+    before = vars(PROFILES[profile]) | entries
+    known = {"corpus": [before["corpus"], *before.get("corpora", "").split(",")]}
+    if number != own_number or any(value not in known.get(key, [before[key]]) for key, value in given.items()):
+        _DEPARTURES.add(name)
+    if isinstance(given.get("model"), str):
+        if name in OWN_MODELS_ONLY:
+            raise ValueError(f"the chapter {name!r} takes no other model: {OWN_MODELS_ONLY[name]}")
+        if before["vocabulary"] is not None:
+            tuned = CHAPTERS["real_model"][profile]
+            given = {key: tuned[key] for key in FINE_TUNING if key in tuned} | given
+    entries |= given
     changed = {key: value for key, value in entries.items() if key in fields}
     own = {key: value for key, value in entries.items() if key not in fields}
     return dataclasses.replace(settings, **changed), SimpleNamespace(**own)

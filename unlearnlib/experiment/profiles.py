@@ -6,7 +6,7 @@ from typing import Any
 from unlearnlib.experiment.paper import PAPER
 from unlearnlib.models.loading import small_gpt2, small_gpt_neox, small_llama, small_opt
 from unlearnlib.models.training import Training
-from unlearnlib.texts.corpora import CORPORA
+from unlearnlib.texts.corpora import corpus_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +83,27 @@ PROFILES = {profile.name: profile for profile in (QUICK, CPU, GPU)}
 def get_profile(name: str, corpus: str | None = None, seeds: int | None = None) -> Profile:
     """The profile called ``name``, on another corpus or with another number of seeds where these are given.
 
-    Raises ValueError for an unknown profile or corpus, or less than one seed.
+    Raises ValueError for an unknown profile or less than one seed, and as
+    :func:`unlearnlib.texts.corpora.corpus_name` for a corpus or a file of texts.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
     profile = PROFILES[name]
     if corpus is not None:
-        if corpus not in CORPORA:
-            raise ValueError(f"unknown corpus {corpus!r}: choose one of {', '.join(CORPORA)}")
-        profile = dataclasses.replace(profile, corpus=corpus)
+        profile = dataclasses.replace(profile, corpus=corpus_name(corpus))
     if seeds is not None:
         if seeds < 1:
             raise ValueError(f"need at least one seed, not {seeds}")
         profile = dataclasses.replace(profile, seeds=tuple(range(seeds)))
     return profile
+
+
+def corpus_names(given: str, *others: str) -> list[str]:
+    """The names of the corpora that are listed with commas between them; of a file of texts, its stem.
+
+    ``others`` are names that the chapter knows besides. Raises as :func:`unlearnlib.texts.corpora.corpus_name`.
+    """
+    return [each if each in others else corpus_name(each) for each in given.split(",")]
 
 
 def on_second_corpus(settings: Profile, seeds: int) -> Profile:
@@ -140,11 +147,21 @@ HUB_ARCHITECTURES = {
 }
 
 
+def _without_given_model(settings: Profile) -> Profile:
+    """Of a profile of new models that was given a pretrained one: with what its new models need, for they stay."""
+    profile = PROFILES[settings.name]
+    if settings.vocabulary is not None or profile.vocabulary is None:
+        return settings
+    names = ("vocabulary", "last_blocks", "relearning_steps", "relearning_rate")
+    return dataclasses.replace(settings, **{name: getattr(profile, name) for name in names})
+
+
 FEWER = {"vocabulary": 512, "length": 32, "forget": 32, "retain": 224}
 
 
 def on_small_opt(settings: Profile) -> Profile:
     """The same experiment on the smallest OPT: a hub model, or a new one of two layers on fewer sequences."""
+    settings = _without_given_model(settings)
     if settings.vocabulary is None:
         return dataclasses.replace(settings, model=HUB_ARCHITECTURES["OPT"][0])
     if settings.name == "quick":
@@ -162,7 +179,7 @@ def architectures(settings: Profile) -> dict[str, list[Profile]]:
     Hub models where ``settings`` are for one. Else new models of two layers and two or three widths, with one
     training for all, on fewer sequences than in ``settings`` and with one reference model.
     """
-    settings = dataclasses.replace(settings, seeds=settings.seeds[:1])
+    settings = _without_given_model(dataclasses.replace(settings, seeds=settings.seeds[:1]))
     if settings.vocabulary is None:
         found = HUB_ARCHITECTURES
     else:

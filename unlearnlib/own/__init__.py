@@ -3,13 +3,13 @@
 from unlearnlib.own.checks import available_bytes, check_request
 from unlearnlib.own.command_line import parser
 from unlearnlib.own.demonstration import write_demonstration
-from unlearnlib.own.files import read_texts
 from unlearnlib.own.fulfilment import fulfil
 from unlearnlib.own.methods import build_curvature, unlearn
 from unlearnlib.own.report import CANDIDATES, HEADINGS, number_text
 from unlearnlib.own.request import STRENGTHS, Request
 from unlearnlib.own.targets import beyond_difficulty, difficulties, estimate_targets
 from unlearnlib.own.texts import read_material
+from unlearnlib.texts.files import read_texts
 
 __all__ = [
     "CANDIDATES",

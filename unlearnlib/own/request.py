@@ -29,7 +29,7 @@ KRONECKER = ("kfac", "kfac:difference", "ekfac", "fisher_forgetting")
 class Request:
     """What shall be forgotten, by which model, and how.
 
-    ``model`` and ``reference`` are folders or hub ids, the files as :func:`unlearnlib.own.files.read_file` reads
+    ``model`` and ``reference`` are folders or hub ids, the files as :func:`unlearnlib.texts.files.read_file` reads
     them, ``secrets`` a list or a file of one a line, and ``output`` a folder that does not exist yet. ``strength``
     is a number in the unit of ``STRENGTHS``, or ``"match"``: then the forget loss is brought to ``target_loss``
     nats, or where that is None to the loss of ``reference``. With ``"estimate"`` the target is estimated from the

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearnlib.own.files import TextFile, read_file, read_texts
+from unlearnlib.texts.files import TextFile, read_file, read_texts
 from unlearnlib.texts.sequences import pack
 
 PASSAGE = 32

@@ -1,7 +1,7 @@
 """Texts, their questions and their secrets, and how they become sequences of tokens."""
 
 from unlearnlib.texts.bigrams import Bigrams
-from unlearnlib.texts.corpora import ABOUT, CORPORA, load_corpus
+from unlearnlib.texts.corpora import ABOUT, CORPORA, corpus_name, load_corpus
 from unlearnlib.texts.planting import make_secrets, planted_rows, spread
 from unlearnlib.texts.posts import addresses, load_posts, mask_addresses
 from unlearnlib.texts.questions import document_questions, fits, task_accuracy
@@ -13,6 +13,7 @@ __all__ = [
     "Bigrams",
     "Splits",
     "addresses",
+    "corpus_name",
     "document_questions",
     "encode",
     "fits",

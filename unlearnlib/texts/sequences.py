@@ -134,8 +134,9 @@ def deal(
         index = next(order, None)
         if index is None:
             raise ValueError(
-                f"the documents ran out in the {what}, {number:,} sequences of {length} tokens: "
-                "ask for fewer or shorter sequences, or take a corpus or a topic of which there is more"
+                f"the documents ran out in the {what}, {number:,} sequences of {length} tokens: the "
+                f"{len(taken):,} that were left for it make {tokens // length:,}. Ask for fewer or shorter "
+                "sequences, or take a corpus or a topic of which there is more"
             )
         taken.append(index)
         documents.append(encode(tokenizer, corpus[index]["text"]))
