@@ -2,14 +2,17 @@
 
 import builtins
 import importlib.util
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from test_notebooks import CHAPTERS
 
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 FIRST = nbformat.read(CHAPTERS[0], as_version=4).cells[0]
 
 
@@ -22,6 +25,7 @@ def run_first_cell(monkeypatch, tmp_path, installed, address=""):
         ran.append([str(word).replace(str(tmp_path), "TMP") for word in command])
         if "clone" in command:
             (Path(command[-1]) / "notebooks").mkdir(parents=True)
+            shutil.copy(PYPROJECT, command[-1])
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(builtins, "input", lambda prompt: address)
@@ -54,10 +58,12 @@ def test_where_the_library_is_there_nothing_is_done(monkeypatch, tmp_path):
 def test_elsewhere_the_repository_of_the_page_is_fetched_and_its_packages_installed(
     monkeypatch, tmp_path, address
 ):
-    assert run_first_cell(monkeypatch, tmp_path, installed=False, address=address) == [
-        ["git", "clone", "--quiet", "--depth", "1", "https://github.com/somebody/the-book", "TMP/book"],
-        [sys.executable, "-m", "pip", "install", "--quiet", "--requirement", "TMP/book/requirements.txt"],
-    ]
+    clone, install = run_first_cell(monkeypatch, tmp_path, installed=False, address=address)
+    assert clone == ["git", "clone", "--quiet", "--depth", "1", "https://github.com/somebody/the-book", "TMP/book"]
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    assert install[:5] == [sys.executable, "-m", "pip", "install", "--quiet"]
+    assert install[5:] == [*project["dependencies"], *project["optional-dependencies"]["notebooks"]]
+    assert not [package for package in install[5:] if "==" in package]  # what is there stays, if it will do
     assert Path.cwd() == tmp_path / "book" / "notebooks"
     assert sys.path[0] == str(tmp_path / "book")
 

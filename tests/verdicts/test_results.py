@@ -179,3 +179,16 @@ def test_a_run_of_the_reference_profile_is_checked_and_others_are_not(tmp_path, 
     [found] = results.disagreements(tmp_path / "changed")
     assert found in said
     assert "not compared" in results.compare_with_reference("quick", tmp_path / "changed", "one").data
+
+
+def test_where_only_the_library_is_installed_nothing_is_said_to_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "REFERENCE", tmp_path / "site-packages" / "book" / "results")
+    results.write_results(table([1.0, 2.0, 3.0]), tmp_path, "one")
+    for ask in (
+        lambda: results.read_results(results.REFERENCE, "one"),
+        lambda: results.compare_with_reference("cpu", tmp_path, "one"),
+        lambda: results.disagreements(tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError, match="Clone the book's repository"):
+            ask()
+    assert "not compared" in results.compare_with_reference("quick", tmp_path, "one").data

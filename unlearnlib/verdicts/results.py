@@ -45,9 +45,20 @@ def write_results(table: pd.DataFrame, folder: str | Path, exhibit: str) -> Path
 def read_results(folder: str | Path, exhibit: str) -> pd.DataFrame:
     """Read ``folder/exhibit.csv`` back. Raises FileNotFoundError if the exhibit has not been run."""
     path = Path(folder) / f"{exhibit}.csv"
+    if Path(folder) == REFERENCE:
+        _check_reference()
     if not path.exists():
         raise FileNotFoundError(f"no results {path}: run the chapter that makes the exhibit {exhibit!r} first")
     return pd.read_csv(path, dtype={"corpus": str, "model": str, "method": str, "metric": str})
+
+
+def _check_reference() -> None:
+    """Raise FileNotFoundError in a copy of the library that was installed without the book beside it."""
+    if not REFERENCE.is_dir():
+        raise FileNotFoundError(
+            f"the reference results are not here, at {REFERENCE}: they come with the book, not with the installed "
+            "package. Clone the book's repository and use the library from there (pip install --editable)"
+        )
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
@@ -144,6 +155,7 @@ def disagreements(folder: str | Path) -> list[str]:
 
     See :func:`agreement`. Exhibits that have not been run are passed over.
     """
+    _check_reference()
     exhibits = [path.stem for path in sorted(REFERENCE.glob("*.csv")) if (Path(folder) / path.name).exists()]
     compared = [_comparison(folder, exhibit) for exhibit in exhibits]
     return [sentence for sentence, agrees in compared if not agrees]
@@ -151,6 +163,7 @@ def disagreements(folder: str | Path) -> list[str]:
 
 def _comparison(folder: str | Path, exhibit: str) -> tuple[str, bool]:
     """What there is to say of an exhibit beside its reference, and whether that is good."""
+    _check_reference()
     if not (REFERENCE / f"{exhibit}.csv").exists():
         return f"`{exhibit}` has no reference results yet.", True
     found = agreement(read_results(folder, exhibit), read_results(REFERENCE, exhibit))
