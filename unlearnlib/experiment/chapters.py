@@ -763,7 +763,6 @@ OWN_MODELS_ONLY = {
     "three_axes": "it plants secrets in a new model and times the recursion at sizes of its own",
     "cost": "its weights are random, and their number is what it varies",
     "many_gpus": "its weights are random, and their number is what it varies",
-    "own_model": "its notebook has a parameter for yours, and the texts that go with it",
 }
 # What is other where a chapter of new models is given a pretrained one.
 FINE_TUNING = ("vocabulary", "training", "last_blocks", "relearning_steps", "relearning_rate")
