@@ -96,8 +96,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(book, monkeypatch, capsy
     assert re.search(message, error)
 
 
-def test_a_chapter_that_takes_no_other_model_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(sweep, "load_config", lambda source: None)
+def test_a_chapter_that_takes_no_other_model_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="'dp_sgd' takes no other model: it trains privately"):
         sweep.plan_sweep(ROOT, "quick", "13_dp_sgd", {"model": ["some/model"]})
 

@@ -145,9 +145,9 @@ def _check(chapter_name: str, profile: str, given: dict[str, Any]) -> None:
         if given.get(key) is not None:
             corpus_names(str(given[key]), *(["posts"] if chapter_name == "indelible" else []))
     if given.get("model") is not None:
-        load_config(given["model"])
         if chapter_name in CHAPTERS:
             chapter(chapter_name, profile, model=given["model"])
+        load_config(given["model"])
 
 
 def _swept(root: Path, job: Job, given: dict[str, Any]) -> Swept:
