@@ -7,10 +7,12 @@ ENVIRONMENT := .venv/.installed
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help book test clean
+.PHONY: help book sweep test clean
 
 help:
 	@echo 'make book   run every notebook and render the book; only what changed is done again'
+	@echo 'make sweep  run one chapter over values of its parameters, and lay its results side by side, such as'
+	@echo '            make sweep CHAPTER=02_gradient_ascent OVER="corpus=reuters,tales seeds=2"'
 	@echo 'make test   check the code and its layers, and run all tests, the whole book at profile quick among them'
 	@echo 'make clean  remove what these commands made here; downloads and trained models stay in the user cache'
 	@echo
@@ -21,6 +23,9 @@ help:
 
 book: $(ENVIRONMENT)
 	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)'
+
+sweep: $(ENVIRONMENT)
+	@$(RUN) unlearnlib.book.sweep '$(CHAPTER)' $(OVER) --profile '$(PROFILE)'
 
 # One thread per process: the tests run two at a time, and sums over more threads differ in their last digits.
 # The tests run every notebook through papermill; nbval runs the last as Jupyter would, with its own defaults.

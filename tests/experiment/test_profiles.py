@@ -150,6 +150,12 @@ def test_chapters_that_need_their_own_models_say_so(name):
         chapters.chapter(name, "quick", model="models/mine")
 
 
+@pytest.mark.parametrize("model", ["/nowhere/mine", "./mine", "../models/mine", "models/of/mine", "~/mine"])
+def test_a_path_of_no_folder_is_refused(model):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {model}: give that of a model, or a hub id"):
+        chapters.chapter("fisher", "quick", model=model)
+
+
 def test_the_others_are_those_that_fine_tune_at_profile_gpu():
     for name in chapters.CHAPTERS.keys() - chapters.OWN_MODELS_ONLY.keys():
         settings, _ = chapters.chapter(name, "gpu")

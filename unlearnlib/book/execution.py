@@ -32,7 +32,7 @@ class Execution:
         command = [sys.executable, "-m", "papermill", job.notebook.name, os.path.relpath(job.draft, folder)]
         command += ["--kernel", "python3", "--log-output", "--no-progress-bar", "--autosave-cell-every", "0"]
         for name, value in job.parameters.items():
-            command += ["-r", name, value]
+            command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
         job.draft.unlink(missing_ok=True)
         self.job = job
         self.started = time.monotonic()

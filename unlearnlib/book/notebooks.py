@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -26,18 +27,22 @@ READS_REFERENCE = re.compile(r"\bREFERENCE\b|\bbook/results\b")
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to run at one profile: what goes in, and the hash of all that matters."""
+    """One notebook to run at one profile: what goes in, and the hash of all that matters.
+
+    ``label`` tells jobs of the same notebook apart.
+    """
 
     notebook: Path
     build: Path
-    parameters: dict[str, str]
+    parameters: dict[str, Any]
     environment: dict[str, str]
     key: str
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The notebook's file name without its ending."""
-        return self.notebook.stem
+        """The notebook's file name without its ending, and the label if there is one."""
+        return f"{self.notebook.stem} {self.label}".rstrip()
 
     @property
     def output(self) -> Path:

@@ -15,6 +15,7 @@ from nbformat import NotebookNode
 from unlearnlib.book import moving
 from unlearnlib.book.execution import hide_parameters, started_cells, tags
 from unlearnlib.book.notebooks import Job, plan
+from unlearnlib.book.parameters import parameters_table
 from unlearnlib.cache import atomic_file, file_hash, json_hash
 
 GLUED = re.compile(r"{glue:\w+}`([^`:]+)(?::[^`]*)?`")
@@ -71,6 +72,8 @@ def _stage(root: Path, build: Path, jobs: Sequence[Job], failures: dict[str, str
     shutil.copy2(root / "_toc.yml", staged)
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
     (staged / "_config.yml").write_text(yaml.safe_dump(with_repository(config, root)), encoding="utf-8")
+    table = parameters_table([job.notebook for job in jobs])
+    (staged / "book" / "parameters.txt").write_text(table, encoding="utf-8")  # which book/papermill.md includes
     (staged / "notebooks").mkdir()
     for job in jobs:
         if job.name in failures:

@@ -1,5 +1,6 @@
 """Run the notebooks that are not done, as many at a time as memory allows, and say how far they are."""
 
+import itertools
 import os
 import time
 from collections import deque
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from unlearnlib.book.execution import Execution
-from unlearnlib.book.notebooks import THREADS, is_done, plan, timetable
+from unlearnlib.book.notebooks import THREADS, Job, is_done, plan, timetable
 
 # GiB of memory to reckon with for each notebook that runs at a time, by profile. At cpu chapter 10 takes 18, those
 # beside it no more than 2. A notebook of the gpu profile has the machine to itself.
@@ -22,19 +23,25 @@ PROGRESS_SECONDS = 30.0
 def run_notebooks(
     root: Path, profile: str, only: Sequence[str] = (), at_once: int | None = None
 ) -> dict[str, str]:
-    """Execute every notebook that is not done; return what failed: by notebook the cell and the exception.
+    """Execute every notebook that is not done, as :func:`run_jobs` does.
+
+    Raises ValueError and FileNotFoundError as :func:`unlearnlib.book.notebooks.plan` does.
+    """
+    return run_jobs(plan(root, profile, only), profile, at_once)
+
+
+def run_jobs(jobs: Sequence[Job], profile: str, at_once: int | None = None) -> dict[str, str]:
+    """Execute every job that is not done; return what failed: by the job's name the cell and the exception.
 
     So many run ``at_once``, or as many as this machine has room for. A failure does not stop the other notebooks.
     An interruption stops everything started here. Ends with a table of the minutes that each notebook took, now or
     when it was run.
-    Raises ValueError and FileNotFoundError as :func:`unlearnlib.book.notebooks.plan` does.
     """
-    jobs = plan(root, profile, only)
     waiting = deque(job for job in jobs if not is_done(job))
     at_once = at_once or notebooks_at_once(profile)
     print(f"{len(jobs)} notebooks at profile {profile}: {len(waiting)} to run, {at_once} at a time")
-    for folder in ("logs", "notebooks", "results"):
-        (root / "_build" / profile / folder).mkdir(parents=True, exist_ok=True)
+    for job, folder in itertools.product(jobs, ("logs", "notebooks", "results")):
+        (job.build / folder).mkdir(parents=True, exist_ok=True)
     running: list[Execution] = []
     failures: dict[str, str] = {}
     last_progress = time.monotonic()

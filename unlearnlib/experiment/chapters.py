@@ -7,6 +7,8 @@ the names that its cells use.
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -762,10 +764,10 @@ OWN_MODELS_ONLY = {
     "three_axes": "it plants secrets in a new model and times the recursion at sizes of its own",
     "cost": "its weights are random, and their number is what it varies",
     "many_gpus": "its weights are random, and their number is what it varies",
-    "own_model": "its notebook has a parameter for yours, and the texts that go with it",
 }
 # What is other where a chapter of new models is given a pretrained one.
 FINE_TUNING = ("vocabulary", "training", "last_blocks", "relearning_steps", "relearning_rate")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@.+)?")
 _DEPARTURES: set[str] = set()
 
 
@@ -783,7 +785,8 @@ def chapter(
     chapter's where they are given and not None. A pretrained ``model`` in place of new ones is fine-tuned with its
     own tokenizer, as that of chapter 10 is at this profile.
     Raises as :func:`unlearnlib.experiment.profiles.get_profile`, and ValueError for an unknown chapter, a change
-    that is no field of a profile, or a pretrained model where the chapter takes none (:data:`OWN_MODELS_ONLY`).
+    that is no field of a profile, or a pretrained model where the chapter takes none (:data:`OWN_MODELS_ONLY`);
+    FileNotFoundError for a path of no model.
     """
     if name not in CHAPTERS:
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
@@ -806,6 +809,8 @@ def chapter(
     if isinstance(given.get("model"), str):
         if name in OWN_MODELS_ONLY:
             raise ValueError(f"the chapter {name!r} takes no other model: {OWN_MODELS_ONLY[name]}")
+        if not Path(given["model"]).is_dir() and not HUB_ID.fullmatch(given["model"]):
+            raise FileNotFoundError(f"there is no folder {given['model']}: give that of a model, or a hub id")
         if before["vocabulary"] is not None:
             tuned = CHAPTERS["real_model"][profile]
             given = {key: tuned[key] for key in FINE_TUNING if key in tuned} | given
