@@ -7,10 +7,11 @@ ENVIRONMENT := .venv/.installed
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help book test clean
+.PHONY: help book pdf test clean
 
 help:
 	@echo 'make book   run every notebook and render the book; only what changed is done again'
+	@echo 'make pdf    make the book, and of all of its pages one PDF, to print or to keep; needs Chromium'
 	@echo 'make test   check the code and its layers, and run all tests, the whole book at profile quick among them'
 	@echo 'make clean  remove what these commands made here; downloads and trained models stay in the user cache'
 	@echo
@@ -21,6 +22,9 @@ help:
 
 book: $(ENVIRONMENT)
 	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)'
+
+pdf: $(ENVIRONMENT)
+	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)' --pdf
 
 # One thread per process: the tests run two at a time, and sums over more threads differ in their last digits.
 # The tests run every notebook through papermill; nbval runs the last as Jupyter would, with its own defaults.
