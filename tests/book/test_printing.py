@@ -165,7 +165,7 @@ def test_links_lead_to_the_sheets_that_have_what_they_name(pdf, texts):
     assert linked <= found.keys()
     assert [name for name, text in said.items() if text not in texts[found[name] - 1]] == []
     cited = [name for name in linked if name.startswith("book/references:")]
-    assert ["Second-Order Information Matters" in texts[found[name] - 1] for name in cited] == [True]
+    assert ["second-order information matters" in texts[found[name] - 1].lower() for name in cited] == [True]
 
 
 def test_outside_links_are_web_addresses(pdf):
@@ -187,14 +187,12 @@ def test_contents_and_sheets_have_the_same_numbers(pdf, texts):
 
 def test_formulas_figures_and_solutions_are_there(pdf, texts):
     whole = " ".join(texts)
+    assert "a = 45, the sum" in whole  # not as in its source
     assert "It is forty-five, as hidden." in whole
-    fonts = {str(font.get_object()["/BaseFont"]) for page in pdf.pages for font in fonts_of(page)}
-    assert any("MJXTEX" in font or "MathJax" in font for font in fonts), fonts
-    assert "forgets as much" in whole  # words in the picture, which is one of vectors
-
-
-def fonts_of(page):
-    return page["/Resources"].get("/Font", {}).values()
+    (page,) = (page for page, text in zip(pdf.pages, texts, strict=True) if "The picture of the second" in text)
+    assert (
+        page.get_contents().get_data().count(b" c\n") > 100
+    )  # the curves of its letters, over the words of the page
 
 
 def test_a_wide_table_is_whole(pdf, texts):

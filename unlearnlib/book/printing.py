@@ -49,7 +49,8 @@ READY = """async () => {
     await image.decode().catch(() => wrong.push(`a picture that cannot be shown: ${image.src.slice(0, 100)}`));
   await document.fonts.ready;
   for (const box of document.querySelectorAll('div.math, .pst-scrollable-table-container, .output.text_html'))
-    if (box.scrollWidth > box.clientWidth) box.style.zoom = box.clientWidth / box.scrollWidth;
+    for (let zoom = 1; box.scrollWidth > box.clientWidth && zoom > 0.2; box.style.zoom = zoom)
+      zoom *= Math.min(0.99, box.clientWidth / box.scrollWidth);
   return wrong;
 }"""
 NUMBER = """pages => document.querySelectorAll('.paper-contents a').forEach(link => {
