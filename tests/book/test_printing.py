@@ -89,7 +89,7 @@ term
 
 
 def aside(function, *arguments, **options):
-    """Call ``function`` in another thread: playwright runs once in each, and here it has the tests' browser."""
+    """Call ``function`` in another thread: in this one the tests' browser has its loop of events."""
     with ThreadPoolExecutor(1) as threads:
         return threads.submit(function, *arguments, **options).result()
 
@@ -229,7 +229,13 @@ def test_without_chromium_nothing_is_begun(tmp_path, monkeypatch):
     assert not begun
 
 
+def test_a_browser_that_hangs_is_given_up(book, pdf, monkeypatch):
+    monkeypatch.setattr(printing, "MINUTES", 0)
+    with pytest.raises(BuildError, match="not printed the book in 0 minutes"):
+        aside(print_pages, book, "quick")
+
+
 def test_an_old_chromium_is_refused(needs_chromium, monkeypatch):
     monkeypatch.setattr(printing, "OLDEST", 9999)
     with pytest.raises(BuildError, match=r"9999 or later, and this one has the version \d+"):
-        aside(printing.chromium().__enter__)
+        aside(printing.require_chromium)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unlearnlib.book.notebooks import PROFILES
 from unlearnlib.book.pages import BuildError, render
-from unlearnlib.book.printing import chromium, print_pages
+from unlearnlib.book.printing import print_pages, require_chromium
 from unlearnlib.book.schedule import run_notebooks
 from unlearnlib.cache import Busy, lock
 from unlearnlib.verdicts.results import REFERENCE_PROFILE, disagreements
@@ -24,8 +24,7 @@ def make_book(root: Path, profile: str, pdf: bool = False) -> Path:
     parameters.
     """
     if pdf:
-        with chromium():
-            pass
+        require_chromium()
     with _alone(root):
         failures = run_notebooks(root, profile)
         failed = f"{_failed(root, profile, failures)}\n" if failures else ""

@@ -1,19 +1,20 @@
 """The book on paper: its rendered pages, joined in the order of ``_toc.yml``, printed as one PDF by Chromium."""
 
+import asyncio
 import contextlib
 import html
 import json
 import posixpath
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import yaml
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.async_api import Browser, Error, async_playwright
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import Fit
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -24,6 +25,7 @@ from unlearnlib.cache import atomic_file
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 OLDEST = 131  # the first that prints what style sheets put into the margins of sheets, such as their numbers
+MINUTES = 45  # some times what the whole book takes on a busy machine
 MISSING = """printing needs Chromium {} or later, and {}
 Install it (Debian, Ubuntu: apt install chromium), or fetch a copy: .venv/bin/playwright install chromium"""
 WHOLE = """<!DOCTYPE html>
@@ -66,12 +68,21 @@ class Entry(NamedTuple):
     anchor: str
 
 
-@contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    """Chromium without a window. Raises BuildError where there is none, or too old a one."""
-    with sync_playwright() as playwright:
+def require_chromium() -> None:
+    """Raise BuildError where there is no Chromium that can be started, or too old a one."""
+
+    async def start() -> None:
+        async with _chromium():
+            pass
+
+    asyncio.run(start())
+
+
+@contextlib.asynccontextmanager
+async def _chromium() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         except Error as error:
             raise BuildError(MISSING.format(OLDEST, f"none could be started: {error.message}")) from None
         if int(browser.version.partition(".")[0]) < OLDEST:
@@ -82,32 +93,40 @@ def chromium() -> Iterator[Browser]:
 def print_pages(root: Path, profile: str) -> Path:
     """Print the pages that were rendered at ``profile``, and return the PDF, ``_build/<profile>/book.pdf``.
 
-    Raises BuildError where there is no Chromium, and where a page has a formula that cannot be set, a picture that
-    cannot be shown, or asks for anything that is not in the folder of the site.
+    Raises BuildError where there is no Chromium, where it does not finish, and where a page has a formula that
+    cannot be set, a picture that cannot be shown, or asks for anything that is not in the folder of the site.
     """
     build = root / "_build" / profile
     site, pdf = build / "site" / "_build" / "html", build / "book.pdf"
     text, entries = join_pages(root, profile, site)
-    joined, wrong = site / "on-paper.html", []
+    joined = site / "on-paper.html"
     try:
         joined.write_text(text, encoding="utf-8")
-        with chromium() as browser, atomic_file(pdf) as temporary:
-            page = browser.new_page(viewport={"width": 680, "height": 960})  # a sheet of A4 within its margins
-            page.emulate_media(media="print")
-            page.context.set_offline(True)
-            page.on("requestfailed", lambda request: wrong.append(f"what is not there: {request.url}"))
-            page.goto(joined.as_uri(), timeout=0)
-            wrong += page.evaluate(READY)
-            if wrong:
-                raise BuildError("\n".join(["the book cannot be printed, for its pages have", *wrong]))
-            # Twice: only once there are sheets can the contents tell their numbers.
-            for _ in range(2):
-                page.pdf(path=temporary, prefer_css_page_size=True, print_background=True, tagged=True)
-                page.evaluate(NUMBER, sheets(PdfReader(temporary)))
+        with atomic_file(pdf) as temporary:
+            asyncio.run(_print(joined, temporary))
             _add_outline(temporary, entries)
+    except TimeoutError:
+        raise BuildError(f"Chromium has not printed the book in {MINUTES} minutes: try again") from None
     finally:
         joined.unlink(missing_ok=True)
     return pdf
+
+
+async def _print(joined: Path, pdf: Path) -> None:
+    wrong = []
+    async with asyncio.timeout(MINUTES * 60), _chromium() as browser:
+        page = await browser.new_page(viewport={"width": 680, "height": 960})  # a sheet of A4 within its margins
+        await page.emulate_media(media="print")
+        await page.context.set_offline(True)
+        page.on("requestfailed", lambda request: wrong.append(f"what is not there: {request.url}"))
+        await page.goto(joined.as_uri(), timeout=0)
+        wrong += await page.evaluate(READY)
+        if wrong:
+            raise BuildError("\n".join(["the book cannot be printed, for its pages have", *wrong]))
+        # Twice: only once there are sheets can the contents tell their numbers.
+        for _ in range(2):
+            await page.pdf(path=pdf, prefer_css_page_size=True, print_background=True, tagged=True)
+            await page.evaluate(NUMBER, sheets(PdfReader(pdf)))
 
 
 def sheets(pdf: PdfReader) -> dict[str, int]:
