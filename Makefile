@@ -7,10 +7,11 @@ ENVIRONMENT := .venv/.installed
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help book sweep test clean
+.PHONY: help book pdf sweep test clean
 
 help:
 	@echo 'make book   run every notebook and render the book; only what changed is done again'
+	@echo 'make pdf    make the book, and of all of its pages one PDF, to print or to keep; needs Chromium'
 	@echo 'make sweep  run one chapter over values of its parameters, and lay its results side by side, such as'
 	@echo '            make sweep CHAPTER=02_gradient_ascent OVER="corpus=reuters,tales seeds=2"'
 	@echo 'make test   check the code and its layers, and run all tests, the whole book at profile quick among them'
@@ -23,6 +24,9 @@ help:
 
 book: $(ENVIRONMENT)
 	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)'
+
+pdf: $(ENVIRONMENT)
+	@$(RUN) unlearnlib.book.build --profile '$(PROFILE)' --pdf
 
 sweep: $(ENVIRONMENT)
 	@$(RUN) unlearnlib.book.sweep '$(CHAPTER)' $(OVER) --profile '$(PROFILE)'

@@ -9,23 +9,28 @@ from pathlib import Path
 
 from unlearnlib.book.notebooks import PROFILES
 from unlearnlib.book.pages import BuildError, render
+from unlearnlib.book.printing import print_pages, require_chromium
 from unlearnlib.book.schedule import run_notebooks
 from unlearnlib.cache import Busy, lock
 from unlearnlib.verdicts.results import REFERENCE_PROFILE, disagreements
 
 
-def make_book(root: Path, profile: str) -> Path:
-    """Run every notebook that is not up to date, render the book, and return its first page.
+def make_book(root: Path, profile: str, pdf: bool = False) -> Path:
+    """Run every notebook that is not up to date, render the book, and return its first page, or its ``pdf``.
 
     Raises BuildError where a page has a warning, and after all pages are made where a notebook fails, whose page
-    says so, or where results are not those of the reference. Raises ValueError for an unknown profile or a
-    notebook without the runner's parameters.
+    says so, or where results are not those of the reference; before anything is made where a PDF is wanted and
+    there is no Chromium to print it. Raises ValueError for an unknown profile or a notebook without the runner's
+    parameters.
     """
+    if pdf:
+        require_chromium()
     with _alone(root):
         failures = run_notebooks(root, profile)
         failed = f"{_failed(root, profile, failures)}\n" if failures else ""
         try:
             index = render(root, profile, failures)
+            index = print_pages(root, profile) if pdf else index
         except BuildError as error:
             raise BuildError(f"{failed}{error}") from None
     if failed:
@@ -72,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NOTEBOOK", help="run just these, and render nothing"
     )
+    parser.add_argument("--pdf", action="store_true", help="print the whole book as well, as one PDF")
     options = parser.parse_args(arguments)
     for name in ("SIGTERM", "SIGHUP"):  # so that what we started is stopped as on Ctrl-C
         sign = getattr(signal, name, None)  # not every system has a terminal that hangs up
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _alone(root):
                 execute(root, options.profile, options.only)
         else:
-            print(f"The book is at {make_book(root, options.profile)}")
+            print(f"The book is at {make_book(root, options.profile, options.pdf)}")
     except (BuildError, ValueError, OSError) as error:  # an OSError is a missing file, or a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
