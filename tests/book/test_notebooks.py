@@ -105,6 +105,8 @@ def test_no_address_of_the_real_texts_is_in_an_output_or_a_table(book_site):
 
 def test_profiles_are_those_of_the_library():
     assert set(notebooks.PROFILES) == PROFILES.keys() == schedule.MEMORY.keys() == schedule.LIMIT_SECONDS.keys()
+    assert schedule.FIRST.keys() <= PROFILES.keys()
+    assert {name for names in schedule.FIRST.values() for name in names} <= {path.stem for path in CHAPTERS}
 
 
 # The runner
@@ -116,6 +118,13 @@ def test_a_notebook_gets_its_parameters_and_runs_once(tmp_path):
     assert run_notebooks(root, "cpu") == {}
     assert run_notebooks(root, "cpu") == {}
     assert (root / "_build" / "cpu" / "results" / "a.csv").read_text() == "cpu"
+
+
+def test_the_longest_begin_first(tmp_path, monkeypatch, capsys):
+    root = make_root(tmp_path, a=["1 + 1"], b=["1 + 1"], c=["1 + 1"])
+    monkeypatch.setitem(schedule.FIRST, "cpu", ("c",))
+    assert run_notebooks(root, "cpu", at_once=1) == {}
+    assert re.findall(r"^(\w): started", capsys.readouterr().out, re.M) == ["c", "a", "b"]
 
 
 def test_what_makes_a_notebook_run_again(tmp_path):
