@@ -490,11 +490,14 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         | {
             "model": SMOLLM2,
             "training": Training(epochs=4, batch_size=8, learning_rate=2e-4),
-            "length": 48,
-            "forget": 24,
-            "retain": 136,
-            "holdout": 72,
+            "length": 32,
+            "forget": 16,
+            "retain": 72,
+            "holdout": 48,
             "seeds": 3,
+            "max_steps": 20,
+            "deep": {"rounding": True, "extraction": 16},
+            "relearning_steps": 4,
         },
         "gpu": REAL_MODEL
         | {
