@@ -217,3 +217,8 @@ def test_the_bill_is_of_three_things(first):
     bill = first[0].bill(4)
     assert list(bill) == ["request", "factors", "plain"]
     assert all(spent.seconds > 0 and spent.peak_bytes > 0 for spent in bill.values())
+
+
+def test_more_factors_than_sequences_are_refused_before_anything_is_trained(cases):
+    with pytest.raises(ValueError, match="cannot have 29 of 28 estimation sequences: choose a smaller m_factors"):
+        real_model.builders(cases[0], 29, 6)

@@ -495,6 +495,7 @@ CHAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "retain": 72,
             "holdout": 48,
             "seeds": 3,
+            "m_factors": 56,
             "max_steps": 20,
             "deep": {"rounding": True, "extraction": 16},
             "relearning_steps": 4,

@@ -54,8 +54,15 @@ def builders(case: Case, m_factors: int, m_dual: int) -> dict[str, Build]:
     """By method, what builds its curvature of the first so many estimation sequences: the forms for large models.
 
     The dual form of ``m_dual`` sequences is the streaming one; K-FAC, and the diagonal with an expected head, are
-    from ``m_factors``, and their labels drawn with seed 0.
+    from ``m_factors``, and their labels drawn with seed 0. Raises ValueError where K-FAC is to have more
+    than there are.
     """
+    there = len(case.estimation)
+    if m_factors > there:
+        raise ValueError(
+            f"K-FAC cannot have {m_factors} of {there} estimation sequences: choose a smaller m_factors, "
+            "or a larger retain set"
+        )
     return {
         "fisher_dual": in_32_bits(lambda model: StreamingFisher(model, case.estimation[:m_dual])),
         "fisher_diagonal:expected": in_32_bits(lambda model: diagonal_fisher(model, case.estimation, m_factors)),
