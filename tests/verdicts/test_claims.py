@@ -708,6 +708,15 @@ def test_weakest_test_is_the_one_that_reaches_furthest_towards_failing():
     assert rules.weakest(claims.c1(None))["verdict"] == NOT_RUN
 
 
+def test_a_claim_that_fails_hangs_on_a_test_that_fails_and_not_on_a_wider_interval():
+    failing = rules.judge(pd.Series([0.08, 0.09, 0.10]), rules.below(), method="fails")
+    open_one = rules.judge(pd.Series([-0.9, 0.0, 0.9]), rules.below(), method="wide")
+    tests = pd.DataFrame([open_one, failing])
+    assert tests["high"].idxmax() == 0
+    assert rules.weakest(tests)["method"] == "fails"
+    assert rules.weakest(tests.iloc[:1])["method"] == "wide"
+
+
 def test_the_committed_results_are_tidy_and_give_a_verdict_on_every_claim():
     for path in results.REFERENCE.glob("*.csv"):
         table = results.read_results(results.REFERENCE, path.stem)

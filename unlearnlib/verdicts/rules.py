@@ -100,17 +100,24 @@ def conclude(tests: pd.DataFrame) -> pd.Series:
 
 
 def weakest(tests: pd.DataFrame) -> pd.Series:
-    """The deciding test on which a claim's verdict hangs.
+    """The deciding test on which a claim's verdict hangs, among those that came out as the claim did.
 
     It is the one whose interval, or else mean, reaches furthest towards where the claim fails; or, where one test
-    suffices, furthest away from there. If none decides, the first.
+    suffices, furthest away from there. Of a claim that is not run it is so among the tests that were. If none
+    decides, the first.
     """
     deciding = tests[tests["decides"]]
+    if deciding.empty:
+        return tests.iloc[0]
+    every = deciding["every"].all()
+    outcome = combine(deciding["verdict"], every)
+    if outcome != NOT_RUN:
+        deciding = deciding[deciding["verdict"] == outcome]
     low, high = (deciding[name].fillna(deciding["mean"]) for name in ("low", "high"))
     inside = np.fmin(low - deciding["holds_from"], deciding["holds_to"] - high)
     if inside.isna().all():
-        return (deciding if len(deciding) else tests).iloc[0]
-    return deciding.loc[inside.idxmin() if deciding["every"].all() else inside.idxmax()]
+        return deciding.iloc[0]
+    return deciding.loc[inside.idxmin() if every else inside.idxmax()]
 
 
 def effect_text(test: pd.Series, digits: int = 2) -> str:
