@@ -220,5 +220,5 @@ def test_the_bill_is_of_three_things(first):
 
 
 def test_more_factors_than_sequences_are_refused_before_anything_is_trained(cases):
-    with pytest.raises(ValueError, match="cannot have 29 of 28 estimation sequences: choose a smaller m_factors"):
+    with pytest.raises(ValueError, match="cannot take m = 29 of 28 sequences: choose m from 1 to 28"):
         real_model.builders(cases[0], 29, 6)

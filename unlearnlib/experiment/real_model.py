@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from unlearnlib.cost import Cost, measure, plain_pass
 from unlearnlib.curvature.fisher_dual_streaming import StreamingFisher
 from unlearnlib.curvature.kronecker import Kronecker, diagonal_fisher, from_factors, kfac, layer_factors
-from unlearnlib.curvature.protocol import Curvature
+from unlearnlib.curvature.protocol import Curvature, take
 from unlearnlib.experiment.case import Case
 from unlearnlib.experiment.contenders import Contender
 from unlearnlib.experiment.report import Report
@@ -54,19 +54,14 @@ def builders(case: Case, m_factors: int, m_dual: int) -> dict[str, Build]:
     """By method, what builds its curvature of the first so many estimation sequences: the forms for large models.
 
     The dual form of ``m_dual`` sequences is the streaming one; K-FAC, and the diagonal with an expected head, are
-    from ``m_factors``, and their labels drawn with seed 0. Raises ValueError where K-FAC is to have more
-    than there are.
+    from ``m_factors``, and their labels drawn with seed 0. Raises ValueError, before anything is built, as
+    :func:`unlearnlib.curvature.protocol.take` for ``m_factors``.
     """
-    there = len(case.estimation)
-    if m_factors > there:
-        raise ValueError(
-            f"K-FAC cannot have {m_factors} of {there} estimation sequences: choose a smaller m_factors, "
-            "or a larger retain set"
-        )
+    known = take(case.estimation, m_factors)
     return {
         "fisher_dual": in_32_bits(lambda model: StreamingFisher(model, case.estimation[:m_dual])),
-        "fisher_diagonal:expected": in_32_bits(lambda model: diagonal_fisher(model, case.estimation, m_factors)),
-        "kfac": in_32_bits(lambda model: kfac(model, case.estimation, m_factors)),
+        "fisher_diagonal:expected": in_32_bits(lambda model: diagonal_fisher(model, known)),
+        "kfac": in_32_bits(lambda model: kfac(model, known)),
     }
 
 
