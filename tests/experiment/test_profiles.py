@@ -6,6 +6,7 @@ from helpers import TINY, random_sequences, tiny_model
 
 from unlearnlib import weights
 from unlearnlib.experiment import case, chapters, profiles
+from unlearnlib.experiment.sizes import CHAPTERS
 from unlearnlib.models import loading, training
 from unlearnlib.models.training import Run, Training
 from unlearnlib.texts import corpora
@@ -157,7 +158,7 @@ def test_a_path_of_no_folder_is_refused(model):
 
 
 def test_the_others_are_those_that_fine_tune_at_profile_gpu():
-    for name in chapters.CHAPTERS.keys() - chapters.OWN_MODELS_ONLY.keys():
+    for name in CHAPTERS.keys() - chapters.OWN_MODELS_ONLY.keys():
         settings, _ = chapters.chapter(name, "gpu")
         assert isinstance(settings.model, str)
         assert settings.vocabulary is None

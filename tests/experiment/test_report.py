@@ -11,6 +11,7 @@ from unlearnlib import weights
 from unlearnlib.experiment import case as one_case
 from unlearnlib.experiment import chapters, profiles
 from unlearnlib.experiment.report import SHARES, Report, frontier_table, results_table, sweeps_table
+from unlearnlib.experiment.sizes import CHAPTERS
 from unlearnlib.losses import mean_loss
 from unlearnlib.measures import extraction, rounding
 from unlearnlib.methods import first_order, matching, walks
@@ -212,7 +213,7 @@ def test_a_method_that_cannot_forget_is_reported_where_it_ended(cases):
 
 
 def test_every_chapter_has_every_profile_and_the_same_settings_in_each():
-    for name, by_profile in chapters.CHAPTERS.items():
+    for name, by_profile in CHAPTERS.items():
         assert list(by_profile) == list(profiles.PROFILES), name
         fields = {field.name for field in dataclasses.fields(profiles.Profile)}
         own = {frozenset(settings.keys() - fields) for settings in by_profile.values()}

@@ -21,8 +21,9 @@ import papermill
 from unlearnlib.book.notebooks import PROFILES, Job, plan
 from unlearnlib.book.schedule import run_jobs
 from unlearnlib.cache import atomic_file, file_hash, json_hash
-from unlearnlib.experiment.chapters import CHAPTERS, chapter
+from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.profiles import corpus_names
+from unlearnlib.experiment.sizes import CHAPTERS
 from unlearnlib.models.loading import load_config
 from unlearnlib.texts.corpora import CORPORA
 from unlearnlib.verdicts.results import COLUMNS
