@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tomllib
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,6 +144,11 @@ def test_the_outline_has_parts_chapters_and_sections_where_they_are(pdf, texts):
     pages = [page for _, _, page in found]
     assert pages == sorted(pages)
     assert pages[3] > pages[2]  # there are whole sheets between
+
+
+def test_the_cover_says_which_version_this_is_and_from_which_profile(texts):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"Version {project['version']}, computed at profile quick." in texts[0]
 
 
 def test_links_lead_to_the_sheets_that_have_what_they_name(pdf, texts):

@@ -8,6 +8,7 @@ import posixpath
 import re
 import shutil
 from collections.abc import AsyncIterator
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -33,7 +34,7 @@ WHOLE = """<!DOCTYPE html>
 {head}
 <link rel="stylesheet" href="_static/paper.css"></head><body>
 <div class="cover"><p class="title">{title}</p><p>{author}</p><p>{copyright}</p>
-<p>Computed at profile {profile}. Code that the pages keep folded is left out.</p></div>
+<p>Version {version}, computed at profile {profile}. Code that the pages keep folded is left out.</p></div>
 <nav class="paper-contents"><h1>Contents</h1>
 {contents}
 </nav>
@@ -167,7 +168,8 @@ def join_pages(root: Path, profile: str, site: Path) -> tuple[str, list[Entry]]:
         for level, title, anchor in entries
     ]
     config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    words = {key: html.escape(str(config[key])) for key in ("title", "author", "copyright")} | {"profile": profile}
+    words = {key: html.escape(str(config[key])) for key in ("title", "author", "copyright")}
+    words |= {"version": metadata.version("unlearnlib"), "profile": profile}
     lists = {"head": dict.fromkeys(head), "contents": contents, "articles": articles}
     return WHOLE.format(**words, **{key: "\n".join(lines) for key, lines in lists.items()}), entries
 
