@@ -1,6 +1,7 @@
 """What may be concluded: tables of results, intervals, and rules that are fixed in advance."""
 
 from unlearnlib.verdicts.indelible import harder_to_remove
+from unlearnlib.verdicts.leads import Lead, distances, lead
 from unlearnlib.verdicts.nearness import nearer_retrained
 from unlearnlib.verdicts.results import (
     REFERENCE,
@@ -36,15 +37,18 @@ __all__ = [
     "REFERENCE",
     "REFERENCE_PROFILE",
     "REPRODUCED",
+    "Lead",
     "Rule",
     "above_retrained",
     "combine",
     "compare_with_reference",
     "conclude",
+    "distances",
     "effect_text",
     "format_table",
     "harder_to_remove",
     "interval",
+    "lead",
     "mean_text",
     "method_label",
     "nearer_retrained",
