@@ -106,7 +106,9 @@ def test_no_address_of_the_real_texts_is_in_an_output_or_a_table(book_site):
 def test_profiles_are_those_of_the_library():
     assert set(notebooks.PROFILES) == PROFILES.keys() == schedule.MEMORY.keys() == schedule.LIMIT_SECONDS.keys()
     assert schedule.FIRST.keys() <= PROFILES.keys()
-    assert {name for names in schedule.FIRST.values() for name in names} <= {path.stem for path in CHAPTERS}
+    named = [name for table in (schedule.FIRST, schedule.LARGE) for names in table.values() for name in names]
+    assert schedule.LARGE.keys() <= PROFILES.keys()
+    assert set(named) <= {path.stem for path in CHAPTERS}
 
 
 # The runner
@@ -125,6 +127,15 @@ def test_the_longest_begin_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(schedule.FIRST, "cpu", ("c",))
     assert run_notebooks(root, "cpu", at_once=1) == {}
     assert re.findall(r"^(\w): started", capsys.readouterr().out, re.M) == ["c", "a", "b"]
+
+
+def test_of_the_large_notebooks_one_at_a_time_runs(tmp_path, monkeypatch, capsys):
+    root = make_root(tmp_path, a=["1 + 1"], b=["1 + 1"], c=["1 + 1"])
+    monkeypatch.setitem(schedule.LARGE, "cpu", ("a", "b"))
+    assert run_notebooks(root, "cpu", at_once=2) == {}
+    said = re.findall(r"^(\w: \w+)", capsys.readouterr().out, re.M)
+    assert said[:2] == ["a: started", "c: started"]
+    assert said.index("b: started") > said.index("a: done")
 
 
 def test_what_makes_a_notebook_run_again(tmp_path):
