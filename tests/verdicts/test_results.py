@@ -156,6 +156,8 @@ def test_a_rerun_agrees_where_its_mean_lies_in_the_references_interval():
     assert found.iloc[0].to_dict() == {"rerun": 2.0, "reference": 2.0, "low": low, "high": high, "agrees": True}
     lacking = results.agreement(rerun[rerun["metric"] != "constant"], reference)
     assert not lacking["agrees"].to_dict()["c", "x", "m", "constant", "4.0"]
+    older = results.agreement(rerun.drop(columns="size"), reference)["agrees"].to_dict()
+    assert not older["c", "x", "m", "loss", "4.0"]
 
 
 def test_a_run_of_the_reference_profile_is_checked_and_others_are_not(tmp_path, monkeypatch):

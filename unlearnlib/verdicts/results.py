@@ -117,7 +117,7 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     Returns columns ``rerun`` and ``reference`` (the means), ``low`` and ``high`` (the 95 % interval of the
     reference, :func:`interval`) and ``agrees``: the rerun's mean lies in the interval, give or take one
     millionth for rounding. What the reference has of one or two seeds has no interval and is left out; what the
-    rerun lacks does not agree. Indexed by all columns but seed and value.
+    rerun lacks, rows or columns, does not agree. Indexed by all columns but seed and value.
     """
     settings = [column for column in reference.columns if column not in ("exhibit", "seed", "value")]
 
@@ -125,7 +125,7 @@ def agreement(rerun: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
         # As text, in which a setting that is missing equals another that is missing.
         return table["value"].groupby([table[column].map(str) for column in settings], sort=False)
 
-    again, rows = grouped(rerun).mean(), []
+    again, rows = grouped(rerun.reindex(columns=reference.columns)).mean(), []
     for key, values in grouped(reference):
         if len(values) > 2:
             low, high = interval(values)
