@@ -38,6 +38,9 @@ def test_bad_tables_are_refused(tmp_path):
         results.write_results(table([1.0]).drop(columns="seed"), tmp_path, "one")
     with pytest.raises(ValueError, match="hold a row twice"):
         results.write_results(pd.concat([table([1.0]), table([2.0])]), tmp_path, "one")
+    with pytest.raises(ValueError, match="hold a row twice"):  # nine digits are written, and these agree in them
+        close = [table([1.0]).assign(damping=damping) for damping in (0.1, 0.1 + 1e-15)]
+        results.write_results(pd.concat(close), tmp_path, "one")
     with pytest.raises(FileNotFoundError, match="run the chapter that makes the exhibit 'one' first"):
         results.read_results(tmp_path, "one")
 

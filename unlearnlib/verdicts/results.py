@@ -24,7 +24,8 @@ def write_results(table: pd.DataFrame, folder: str | Path, exhibit: str) -> Path
     """Write ``table`` as ``folder/exhibit.csv``, atomically, sorted, to nine significant digits.
 
     ``table`` has every column of ``COLUMNS`` but ``exhibit``, and may have more (settings).
-    Raises ValueError naming what is missing, or a row measured twice.
+    Raises ValueError naming what is missing, or a row measured twice (also if two settings differ only beyond the
+    digits that are written).
     """
     missing = set(COLUMNS[1:]) - set(table.columns)
     if missing:
@@ -32,7 +33,8 @@ def write_results(table: pd.DataFrame, folder: str | Path, exhibit: str) -> Path
     table = table.assign(exhibit=exhibit)
     settings = [column for column in table.columns if column not in COLUMNS]
     keys = [*COLUMNS[:-1], *settings]
-    twice = table.duplicated(keys)
+    written = table[keys].map(lambda value: f"{value:.9g}" if isinstance(value, float) else value)
+    twice = written.duplicated()
     if twice.any():
         raise ValueError(f"the results of {exhibit} hold a row twice: {table.loc[twice, keys].iloc[0].to_dict()}")
     table = table[[*COLUMNS, *settings]].sort_values(keys, kind="stable")
