@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unlearnlib.verdicts.results import method_label, read_results
+from unlearnlib.verdicts.measurements import (
+    WITHOUT_KNOBS,
+    misses_in_words,
+    names_of,
+    setting_of,
+    side_by_side,
+    way_made,
+    what_is_lacking,
+    who_missed,
+)
+from unlearnlib.verdicts.results import read_results
 from unlearnlib.verdicts.rules import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -51,14 +61,6 @@ NEEDED = ("gradient_difference", "npo:retain")
 """The opponents of the book's own without which its questions are not answered."""
 
 CORPORA = ("reuters", "tales", "socialiqa", "maths")
-WITHOUT_KNOBS = ("original", "retrained", "retrained:again", "finetuned", "gradient_ascent")
-"""Methods for which nothing is chosen. Fine-tuning is a reference that is not matched."""
-
-SETTINGS_OF = {PAPERS_FORGETTING: PAPERS_OWN, OUR_FORGETTING: OURS, "noise": OURS, "kfac:carried": OURS}
-"""Methods that take over the settings chosen for another."""
-
-SAME = 0.01
-"""Two forget losses in nats that are no further apart are equal (the tolerance of matched forgetting)."""
 
 
 def all_tests(folder: str | Path) -> pd.DataFrame:
@@ -103,7 +105,7 @@ def c1(table: pd.DataFrame | None, corpora: Sequence[str] = CORPORA, limit: floa
 def c2(secrets: pd.DataFrame | None, passages: pd.DataFrame | None) -> pd.DataFrame:
     """C2: the same on the two cases of memorisation. Secrets have the whole set's metrics at ``repeats`` 0."""
     if secrets is not None:
-        secrets = secrets[_setting(secrets, "repeats") == 0]
+        secrets = secrets[setting_of(secrets, "repeats") == 0]
     rows = []
     for exhibit, table in (("case_secrets", secrets), ("case_passages", passages)):
         corpora = ["–"] if table is None else table["corpus"].unique()
@@ -141,14 +143,14 @@ def c4(architectures: pd.DataFrame | None, real_model: pd.DataFrame | None = Non
             for method, name in tests:
                 if method != OURS and not (architectures["method"] == method).any():
                     continue
-                labels = {"exhibit": "architectures", "corpus": _names(found[name], "corpus"), "model": name}
+                labels = {"exhibit": "architectures", "corpus": names_of(found[name], "corpus"), "model": name}
                 labels |= {"decides": (method, name) == (OURS, "all models")}
                 rows.append(_matched(claim, found[name], method, against, over="model", **labels))
         labels = {"exhibit": "real_model", "decides": False}
         if real_model is None:
             rows.append(not_run(claim, method=OURS, against=against, **labels))
         else:
-            labels |= {name: _names(real_model, name) for name in ("corpus", "model")}
+            labels |= {name: names_of(real_model, name) for name in ("corpus", "model")}
             rows.append(_matched(claim, real_model, OURS, against, **labels))
     return pd.DataFrame(rows)
 
@@ -172,7 +174,7 @@ def c5(table: pd.DataFrame | None, fraction: float = 1.0) -> pd.DataFrame:
     tests += [("C5 own", method, "gradient_difference", 1.0) for method in methods]
     labels = {"exhibit": "repeated_requests"}
     if table is not None:
-        labels |= {"corpus": _names(table, "corpus"), "model": _names(table, "model")}
+        labels |= {"corpus": names_of(table, "corpus"), "model": names_of(table, "model")}
     rows = []
     for claim, method, against, part in tests:
         of_test = {"claim": claim, "method": method, "decides": method == PAPERS_FORGETTING}
@@ -216,22 +218,22 @@ def after_all_requests(
     concluded. Where ``against`` did, it had not yet done all its harm: that ``method`` does less still counts,
     that it does more does not.
     """
-    request = _setting(table, "request")
-    loss = _wide(table[request == request.max()], "holdout_loss", [method, against, "retrained"])
+    request = setting_of(table, "request")
+    loss = side_by_side(table[request == request.max()], "holdout_loss", [method, against, "retrained"])
     excess = loss.sub(loss["retrained"], axis=0)
-    short = _wide(table, "served", [method, against]) < 1
+    short = side_by_side(table, "served", [method, against]) < 1
     allowed = [REPRODUCED, NOT_REPRODUCED]
     if short[method].any():
         allowed = []
     elif short[against].any():
         allowed = [REPRODUCED]
-    return excess[method] - part * excess[against], allowed, _misses(short)
+    return excess[method] - part * excess[against], allowed, misses_in_words(short)
 
 
 def _not_followed(table: pd.DataFrame, method: str, against: str) -> str:
     """What :func:`after_all_requests` lacks, in words; nothing if it has all."""
-    lacking = _lacking(table, (method, against), ("holdout_loss", "served"))
-    return lacking or _lacking(table, ("retrained",), ("holdout_loss",))
+    lacking = what_is_lacking(table, (method, against), ("holdout_loss", "served"))
+    return lacking or what_is_lacking(table, ("retrained",), ("holdout_loss",))
 
 
 def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
@@ -251,19 +253,19 @@ def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
                 for one in against[claim]
             ]
         )
-    repeats = _setting(table, "repeats")
+    repeats = setting_of(table, "repeats")
     secrets, whole = table[repeats > 0], table[repeats == 0]
-    labels |= {"corpus": _names(table, "corpus"), "model": _names(table, "model")}
+    labels |= {"corpus": names_of(table, "corpus"), "model": names_of(table, "model")}
     first_order = (PAPERS_ASCENT, *_our_opponents(secrets, table))
 
     def test(claim: str, method: str, against: str, rule: Rule, decides: bool) -> dict:
         """A method that stopped short, or went too far, is more or less exposed for it: then nothing follows."""
         decides &= method == PAPERS_OWN
-        lacking = _lacking(secrets, (method, against), ("exposure_bits",), table)
+        lacking = what_is_lacking(secrets, (method, against), ("exposure_bits",), table)
         if lacking:
             return not_run(claim, decides=decides, method=method, against=against, note=lacking, **labels)
-        exposure = _wide(secrets, "exposure_bits", [method, against])
-        off = _missed(whole, [name for name in (method, against) if name not in WITHOUT_KNOBS[:3]])
+        exposure = side_by_side(secrets, "exposure_bits", [method, against])
+        off = who_missed(whole, [name for name in (method, against) if name not in WITHOUT_KNOBS[:3]])
         return judge(
             exposure[method] - exposure[against],
             rule,
@@ -272,7 +274,7 @@ def c6(table: pd.DataFrame | None, bits: float = 1.0) -> pd.DataFrame:
             claim=claim,
             method=method,
             against=against,
-            note=_misses(off),
+            note=misses_in_words(off),
             **labels,
         )
 
@@ -300,23 +302,23 @@ def c7(table: pd.DataFrame | None) -> pd.DataFrame:
     labels = {"exhibit": "dp_sgd", "against": OURS}
     if table is None:
         return pd.DataFrame([not_run(claim, method="dp_sgd", **labels) for claim in ("C7", "C7 own")])
-    finite = np.isfinite(_setting(table, "epsilon"))
+    finite = np.isfinite(setting_of(table, "epsilon"))
     private = table.loc[finite, ["method", "epsilon"]].drop_duplicates().sort_values("epsilon")["method"].tolist()
     if not private:
         raise ValueError("the table has no method with a finite epsilon: C7 needs the rows of DP-SGD")
-    lacking = _lacking(table, (OURS, *private), ("price_nats",))
+    lacking = what_is_lacking(table, (OURS, *private), ("price_nats",))
     if lacking:
         rows = [not_run(claim, method="dp_sgd", note=lacking, **labels) for claim in ("C7", "C7 own")]
         return pd.DataFrame(rows)
     somewhere, everywhere = [], []
     for corpus, found in table.groupby("corpus", sort=False):
-        memorised = _wide(found, "memorised_nats", ["original", *private])
-        price = _wide(found, "price_nats", [OURS, *private])
-        here = labels | {"claim": "C7 own", "corpus": corpus, "model": _names(found, "model")}
+        memorised = side_by_side(found, "memorised_nats", ["original", *private])
+        price = side_by_side(found, "price_nats", [OURS, *private])
+        here = labels | {"claim": "C7 own", "corpus": corpus, "model": names_of(found, "model")}
         free = [method for method in private if memorised[method].mean() <= memorised["original"].mean() / 5]
-        off = _missed(found, [OURS])
-        forget = _wide(found, "forget_loss", [OURS, "retrained"])[off[OURS]]
-        allowed, note = [REPRODUCED, NOT_REPRODUCED], _misses(off)
+        off = who_missed(found, [OURS])
+        forget = side_by_side(found, "forget_loss", [OURS, "retrained"])[off[OURS]]
+        allowed, note = [REPRODUCED, NOT_REPRODUCED], misses_in_words(off)
         if off.any(axis=None):
             allowed = [REPRODUCED] if (forget[OURS] > forget["retrained"]).all() else []
         rows = [
@@ -352,14 +354,14 @@ def c8(table: pd.DataFrame | None, corpora: Sequence[str] = CORPORA, margin: flo
         if found is None or found.empty:
             rows.append(not_run(claim, method=PAPERS_OWN, **labels))
             continue
-        labels["model"] = _names(found, "model")
+        labels["model"] = names_of(found, "model")
         for method in (PAPERS_OWN, OURS, PAPERS_ASCENT, *NEEDED):
             decides = method == PAPERS_OWN
-            lacking = _lacking(found, (method, again), (metric,), table)
+            lacking = what_is_lacking(found, (method, again), (metric,), table)
             if lacking:
                 rows.append(not_run(claim, decides=decides, method=method, note=lacking, **labels))
                 continue
-            auc, off = _wide(found, metric, [method, again]), _missed(found, [method])
+            auc, off = side_by_side(found, metric, [method, again]), who_missed(found, [method])
             rows.append(
                 judge(
                     auc[method] - auc[again],
@@ -368,7 +370,7 @@ def c8(table: pd.DataFrame | None, corpora: Sequence[str] = CORPORA, margin: flo
                     decides=decides,
                     claim=claim,
                     method=method,
-                    note=_misses(off),
+                    note=misses_in_words(off),
                     **labels,
                 )
             )
@@ -390,7 +392,7 @@ def _second_against_first(
                 continue
             for method in (PAPERS_OWN, OURS):
                 for against in _our_opponents(found, table) if own else PAPERS_OPPONENTS:
-                    labels = {"exhibit": exhibit, "corpus": corpus, "model": _names(found, "model")}
+                    labels = {"exhibit": exhibit, "corpus": corpus, "model": names_of(found, "model")}
                     labels |= {"decides": method == PAPERS_OWN, "limit": limit, "chosen_in": table}
                     rows.append(_matched(name, found, method, against, **labels))
         if not corpora:
@@ -409,7 +411,7 @@ def _matched(
     **labels: object,
 ) -> dict:
     """The row of :func:`at_equal_forgetting`, or that the test was not run and what it lacks."""
-    lacking = _lacking(table, (method, against), ("holdout_loss",), chosen_in)
+    lacking = what_is_lacking(table, (method, against), ("holdout_loss",), chosen_in)
     if lacking:
         return not_run(claim, method=method, against=against, note=lacking, **labels)
     return at_equal_forgetting(claim, table, method, against, limit, over, **labels)
@@ -434,42 +436,21 @@ def at_equal_forgetting(
     Over models, the effect must be in each of them.
     """
     pair = [method, against]
-    loss = _wide(table, "holdout_loss", pair, over)
+    loss = side_by_side(table, "holdout_loss", pair, over)
     effect = loss[method] - loss[against]
-    missed = _missed(table, pair, over)
-    allowed, note = [REPRODUCED, NOT_REPRODUCED], _misses(missed)
+    missed = who_missed(table, pair, over)
+    allowed, note = [REPRODUCED, NOT_REPRODUCED], misses_in_words(missed)
     if missed[method].any():
         allowed = []
     elif missed[against].any():
-        forget = _wide(table, "forget_loss", [against, "retrained"], over)[missed[against]]
+        forget = side_by_side(table, "forget_loss", [against, "retrained"], over)[missed[against]]
         allowed = [REPRODUCED] if (forget[against] < forget["retrained"]).all() else []
     if over == "model" and (effect >= limit).any():
         allowed = [outcome for outcome in allowed if outcome != REPRODUCED]
-    if missed[against].all() and _way(table, against, over).max() < 0.5:
+    if missed[against].all() and way_made(table, against, over).max() < 0.5:
         decides, note = False, f"{note}, never by half of the way: it does not forget"
     labels |= {"claim": claim, "method": method, "against": against, "unit": "nats", "note": note}
     return judge(effect, below(limit), allowed, decides=decides, **labels)
-
-
-def _missed(table: pd.DataFrame, methods: Sequence[str], over: str = "seed") -> pd.DataFrame:
-    """Who missed the target: a row a seed (or model), a column a method.
-
-    By its metric ``reached``; a method that was not matched has none, and has missed if its forget loss says so.
-    """
-    columns = {}
-    for method in methods:
-        if ((table["method"] == method) & (table["metric"] == "reached")).any():
-            columns[method] = _wide(table, "reached", [method], over)[method] < 1
-        else:
-            forget = _wide(table, "forget_loss", [method, "retrained"], over)
-            columns[method] = (forget[method] - forget["retrained"]).abs() > SAME
-    return pd.concat(columns, axis=1, join="inner")
-
-
-def _way(table: pd.DataFrame, method: str, over: str) -> pd.Series:
-    """How much of the way from the original's forget loss to the retrained model's a method has made, by seed."""
-    forget = _wide(table, "forget_loss", [method, "original", "retrained"], over)
-    return (forget[method] - forget["original"]) / (forget["retrained"] - forget["original"])
 
 
 def _our_opponents(table: pd.DataFrame, chosen_in: pd.DataFrame) -> list[str]:
@@ -478,65 +459,5 @@ def _our_opponents(table: pd.DataFrame, chosen_in: pd.DataFrame) -> list[str]:
     return [
         one
         for one in OUR_OPPONENTS
-        if one in NEEDED or (one in present and not _lacking(table, [one], (), chosen_in))
+        if one in NEEDED or (one in present and not what_is_lacking(table, [one], (), chosen_in))
     ]
-
-
-def _lacking(
-    table: pd.DataFrame, methods: Iterable[str], metrics: Sequence[str], chosen_in: pd.DataFrame | None = None
-) -> str:
-    """What is missing for a test, in words; nothing if it can be made.
-
-    Rows of a method, or the sign in ``chosen_in`` (the table itself) that its settings were chosen by the rule.
-    """
-    chosen = table if chosen_in is None else chosen_in
-    chosen = set(chosen.loc[chosen["metric"] == "settings_tried", "method"])
-    missing = []
-    for method in methods:
-        measured = set(table.loc[table["method"] == method, "metric"])
-        if not measured.issuperset(metrics):
-            missing.append(f"{method_label(method)} was not run")
-        elif method not in WITHOUT_KNOBS and SETTINGS_OF.get(method, method) not in chosen:
-            missing.append(f"{method_label(method)} was not tuned by the rule")
-    return "; ".join(missing)
-
-
-def _wide(table: pd.DataFrame, metric: str, methods: Sequence[str], over: str = "seed") -> pd.DataFrame:
-    """The values of a metric: a column a method, a row for each seed (or model) that all of ``methods`` have.
-
-    Where a metric was measured at several settings, their mean.
-    """
-    for column in {"corpus", "model"} - {over}:
-        if table[column].nunique() > 1:
-            raise ValueError(f"the results mix several of the column {column!r} ({_names(table, column)})")
-    rows = table[(table["metric"] == metric) & table["method"].isin(methods)]
-    for method in methods:
-        if not (rows["method"] == method).any():
-            raise ValueError(f"the results lack the metric {metric!r} of the method {method!r} ({_place(table)})")
-    if not np.isfinite(rows["value"]).all():
-        bad = rows.loc[~np.isfinite(rows["value"]), "method"].iloc[0]
-        raise ValueError(f"the metric {metric!r} of the method {bad!r} is not a finite number ({_place(table)})")
-    wide = rows.pivot_table(index=over, columns="method", values="value").dropna()
-    if wide.empty:
-        raise ValueError(f"no {over} has the metric {metric!r} of all of {list(methods)} ({_place(table)})")
-    return wide
-
-
-def _setting(table: pd.DataFrame, name: str) -> pd.Series:
-    if name not in table:
-        raise ValueError(f"the results lack the column {name!r} ({_place(table)})")
-    return table[name]
-
-
-def _names(table: pd.DataFrame, column: str) -> str:
-    return ", ".join(table[column].unique())
-
-
-def _place(table: pd.DataFrame) -> str:
-    return f"corpus {_names(table, 'corpus')}" if len(table) else "no rows"
-
-
-def _misses(missed: pd.DataFrame) -> str:
-    return "; ".join(
-        f"{method_label(name)} missed its target in {n} of {len(missed)}" for name, n in missed.sum().items() if n
-    )
