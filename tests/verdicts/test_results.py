@@ -27,6 +27,12 @@ def test_written_and_read_back_the_same_whatever_the_order(tmp_path):
     np.testing.assert_allclose(back["value"], [1 / 3, 2e-7, 12345.678901], rtol=1e-8)
 
 
+def test_columns_of_objects_are_written_to_nine_digits_as_well(tmp_path):
+    frame = pd.concat([table([1 / 3]).assign(setting=s) for s in (32, 0.1 + 0.2)]).astype(object)
+    lines = results.write_results(frame, tmp_path, "one").read_text().splitlines()
+    assert [line.split(",")[-2:] for line in lines[1:]] == [["0.333333333", "0.3"], ["0.333333333", "32"]]
+
+
 def test_settings_are_kept_as_columns_at_the_end(tmp_path):
     frame = pd.concat([table([1.0, 2.0]).assign(step=s) for s in (0, 1)])
     results.write_results(frame, tmp_path, "one")

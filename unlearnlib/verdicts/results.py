@@ -30,7 +30,7 @@ def write_results(table: pd.DataFrame, folder: str | Path, exhibit: str) -> Path
     missing = set(COLUMNS[1:]) - set(table.columns)
     if missing:
         raise ValueError(f"the results of {exhibit} lack the column(s) {sorted(missing)}")
-    table = table.assign(exhibit=exhibit)
+    table = table.assign(exhibit=exhibit).infer_objects()  # in a column of objects pandas writes every digit
     settings = [column for column in table.columns if column not in COLUMNS]
     keys = [*COLUMNS[:-1], *settings]
     written = table[keys].map(lambda value: f"{value:.9g}" if isinstance(value, float) else value)
