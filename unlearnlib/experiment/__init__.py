@@ -1,7 +1,7 @@
 """The experiments: profiles, cases of one seed, and the report that measures methods on them."""
 
 from unlearnlib.experiment.case import Case, make_cases, model_name, shared_documents
-from unlearnlib.experiment.chapters import as_written, chapter
+from unlearnlib.experiment.chapters import chapter
 from unlearnlib.experiment.comparison import choose_settings, follow_methods, measure_references
 from unlearnlib.experiment.contenders import Contender, contenders_on
 from unlearnlib.experiment.curvatures import curvature_builders
@@ -25,7 +25,6 @@ __all__ = [
     "RequestSeries",
     "Shadows",
     "architectures",
-    "as_written",
     "broken_down",
     "chapter",
     "choose_settings",

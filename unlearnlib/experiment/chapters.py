@@ -9,7 +9,6 @@ from typing import Any
 
 from unlearnlib.experiment.profiles import PROFILES, Profile, get_profile
 from unlearnlib.experiment.sizes import CHAPTERS
-from unlearnlib.texts.corpora import OWN_CORPORA
 
 # Chapters that take no pretrained model in place of their own, and why.
 OWN_MODELS_ONLY = {
@@ -23,12 +22,6 @@ OWN_MODELS_ONLY = {
 # What is other where a chapter of new models is given a pretrained one.
 FINE_TUNING = ("vocabulary", "training", "last_blocks", "relearning_steps", "relearning_rate")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@.+)?")
-_DEPARTURES: set[str] = set()
-
-
-def as_written() -> bool:
-    """Whether all chapters had, in this process, the corpora, seeds, model and sizes that their texts know."""
-    return not _DEPARTURES and not OWN_CORPORA
 
 
 def chapter(
@@ -47,8 +40,7 @@ def chapter(
         raise ValueError(f"unknown chapter {name!r}: choose one of {', '.join(CHAPTERS)}")
     settings = get_profile(profile, corpus, seeds)
     entries = dict(CHAPTERS[name][profile])
-    own_number = entries.get("seeds", len(PROFILES[profile].seeds))
-    number = seeds or own_number
+    number = seeds or entries.get("seeds", len(PROFILES[profile].seeds))
     left_out = entries.pop("left_out_seeds", {}).get(settings.corpus, ())
     entries["seeds"] = tuple(itertools.islice((s for s in itertools.count() if s not in left_out), number))
     fields = {field.name for field in dataclasses.fields(Profile)}
@@ -58,9 +50,6 @@ def chapter(
     changes["corpus"] = None if corpus is None else settings.corpus
     given = {key: value for key, value in changes.items() if value is not None}
     before = vars(PROFILES[profile]) | entries
-    known = {"corpus": [before["corpus"], *before.get("corpora", "").split(",")]}
-    if number != own_number or any(value not in known.get(key, [before[key]]) for key, value in given.items()):
-        _DEPARTURES.add(name)
     if isinstance(given.get("model"), str):
         if name in OWN_MODELS_ONLY:
             raise ValueError(f"the chapter {name!r} takes no other model: {OWN_MODELS_ONLY[name]}")
